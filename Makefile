@@ -1,0 +1,32 @@
+# make demo: install, and run the whole pipeline on a toy world. make test: install, and run every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Named in the install command itself, so that nothing newer (and much larger) is ever chosen first.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test install format clean
+
+demo: install
+	$(BIN)/gearshift demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --durations=15
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)" -e ".[test]"
+	touch $@
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,13 @@
+"""Per-token arithmetic on tensors: no processes of its own, no DeepSpeed, no models.
+
+One module per operation, with the operation's name. Imported eagerly: a lazy attribute would be shadowed by the
+module of the same name as soon as anything imported it.
+"""
+
+from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
+from gearshift.kernels.losses import Loss
+from gearshift.kernels.policy_loss import policy_loss
+from gearshift.kernels.ppo_targets import Targets, ppo_targets
+from gearshift.kernels.value_loss import value_loss
+
+__all__ = ["LogProbs", "Loss", "Targets", "linear_logprob", "policy_loss", "ppo_targets", "value_loss"]

@@ -1,0 +1,36 @@
+"""What every operation asks of its inputs, as readable errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_float(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            require(tensor.is_floating_point(), f"{name} must be floating point, got {tensor.dtype}")
+
+
+def require_shape(shape: Sequence[int], meaning: str, **tensors: Tensor | None) -> None:
+    """`meaning` names the dimensions in the message, such as "[B, L], like logprobs"."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != torch.Size(shape):
+            raise ValueError(f"{name} must be {list(shape)} ({meaning}), got {list(tensor.shape)}")
+
+
+def require_mask(mask: Tensor) -> None:
+    require(mask.dtype == torch.bool, f"mask must be bool, True on response tokens, got {mask.dtype}")
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 where an input is fp64 (so that gradients can be checked numerically)."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32

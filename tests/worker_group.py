@@ -1,0 +1,79 @@
+"""Real gloo processes for tests: started once per test file, given functions to run on every rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    """A rank: join the process group as under the launcher, then run what is sent until told to stop."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from gearshift.engine import init_distributed
+
+    world = init_distributed()
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(world, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class WorkerGroup:
+    """`size` processes of one world. `run(function, *args)` calls `function(world, *args)` on every rank."""
+
+    def __init__(self, size: int):
+        context = multiprocessing.get_context("spawn")
+        # Inherited by the children before they import torch: its OpenMP pool is sized at import.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+        """Results in rank order; the first rank's failure is raised with its stack trace."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not answer within {timeout} s")
+            done, result = pipe.recv()
+            if not done:
+                self.stop()
+                raise AssertionError(f"rank {rank}:\n{result}")
+            results.append(result)
+        return results
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
