@@ -1,0 +1,134 @@
+"""Keys and values of the rollout model, and the attention that reads them.
+
+Letters: n rows decoded at once, T new positions a row, C cached positions, D head size.
+
+The attention is registered with `transformers`' attention interface, so that any model file reads Gearshift's cache
+without knowing of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from gearshift.errors import UserError
+
+ATTENTION_NAME = "gearshift_rollout"
+
+# Keywords that models pass to attention and that change nothing here.
+_HARMLESS = {"position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "past_key_values"}
+
+
+class KeyValueCache:
+    """One buffer pair a layer, `[rows, kv_heads, capacity, D]`, and where the current forward reads and writes.
+
+    Rows are left-aligned: position p of a row stands in column p. A forward is either a prefill of some rows from
+    position 0, or one new position for the first `n` rows.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rows = self.capacity = 0
+        self._prefill: Tensor | None = None  # rows being filled
+        self._positions = torch.empty(0, dtype=torch.int64)  # [n] position of each row's new token
+        self._width = 0
+
+    def reset(self, rows: int, capacity: int) -> None:
+        """Room for `rows` rows of `capacity` positions; keeps larger buffers."""
+        if rows > self.rows or capacity > self.capacity:
+            self._layers.clear()
+            self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
+
+    def free(self) -> None:
+        self._layers.clear()
+        self.rows = self.capacity = 0
+
+    def begin_prefill(self, rows: Tensor) -> None:
+        self._prefill = rows
+
+    def begin_decode(self, positions: Tensor) -> None:
+        """positions [n]: where each of the first n rows gets its new token."""
+        self._prefill, self._positions = None, positions
+        self._width = int(positions.max()) + 1
+        columns = torch.arange(self._width, device=positions.device)
+        self._visible = (columns <= positions[:, None])[:, None, None]  # [n, 1, 1, C]
+        self._age = (positions[:, None] - columns)[:, None, None]
+        self._row_index = torch.arange(len(positions), device=positions.device)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole rows onto others."""
+        for keys, values in self._layers.values():
+            keys[targets] = keys[sources]
+            values[targets] = values[sources]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """query [n, heads, T, D], key and value [n, kv_heads, T, D] -> [n, heads, T, D]."""
+        keys, values = self._buffers(layer, key, value)
+        if self._prefill is not None:
+            width = key.shape[2]
+            keys[self._prefill, :, :width], values[self._prefill, :, :width] = key, value
+            mask = None if window is None or window >= width else _window_mask(width, window, query.device)
+            grouped = key.shape[1] != query.shape[1]
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        rows = len(self._positions)
+        keys[self._row_index, :, self._positions] = key[:, :, 0]
+        values[self._row_index, :, self._positions] = value[:, :, 0]
+        mask = self._visible if window is None else self._visible & (self._age < window)
+        # The query heads of one key/value head become query positions: no repeated keys.
+        heads, kv_heads = query.shape[1], key.shape[1]
+        grouped_query = query.reshape(rows, kv_heads, heads // kv_heads, -1)
+        out = scaled_dot_product_attention(
+            grouped_query, keys[:rows, :, : self._width], values[:rows, :, : self._width], attn_mask=mask, scale=scaling
+        )
+        return out.reshape(rows, heads, 1, -1)
+
+    def _buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            self._layers[layer] = (
+                key.new_zeros(self.rows, key.shape[1], self.capacity, key.shape[3]),
+                value.new_zeros(self.rows, value.shape[1], self.capacity, value.shape[3]),
+            )
+        return self._layers[layer]
+
+
+def _window_mask(width: int, window: int, device: torch.device) -> Tensor:
+    """True where position i may see j: i - window < j <= i."""
+    age = torch.arange(width, device=device)[:, None] - torch.arange(width, device=device)
+    return (age >= 0) & (age < window)
+
+
+def rollout_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`transformers`' attention signature; returns [n, T, heads, D]. UserError for a keyword it cannot honour."""
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
+    if unknown:
+        raise UserError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which rollouts do not support yet"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache: KeyValueCache = module.rollout_cache  # type: ignore[assignment]
+    out = cache.attend(int(module.layer_idx), query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
+    return out.transpose(1, 2), None
+
+
+def register() -> None:
+    """Make the attention known to `transformers` under `ATTENTION_NAME`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, rollout_attention)

@@ -1,0 +1,164 @@
+"""Heads: what a causal LM does between its last hidden states and a token's log-prob, fused into one operation.
+
+Letters: B rows, S positions, T = selected positions, H hidden, V vocabulary.
+
+The fused operation is bound on the top module, as a forward that calls the backbone and then the head: Cohere,
+Granite and Gemma 2 scale or cap the logits after `lm_head`, and ZeRO-3 must see the head as a module of its own to
+gather its weight (and only the top module's forward resets ZeRO-3's trace).
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.errors import UserError
+from gearshift.kernels import LogProbs, linear_logprob
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Logits are `softcap · tanh(scale · (h W + b) / softcap)`; no cap when `softcap` is None."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """Read from a `transformers` config: Cohere multiplies logits, Granite divides them, Gemma 2 caps them."""
+        scale = 1.0
+        if getattr(config, "logit_scale", None) is not None:
+            scale = float(config.logit_scale)
+        elif getattr(config, "logits_scaling", None) is not None:
+            scale = 1.0 / float(config.logits_scaling)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(scale, None if cap is None else float(cap))
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """The part of a `transformers` head model that gives hidden states."""
+    backbone: nn.Module = model.base_model
+    if backbone is model:
+        raise UserError(f"{type(model).__name__} has no head of its own; use a causal LM or a sequence classifier")
+    return backbone
+
+
+def lm_head_of(model: Any) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__}: the LM head is a {type(head).__name__}; a Linear layer is needed")
+    return head
+
+
+def bind_logprob_head(model: Any) -> None:
+    """Give a causal LM the forward `(tokens, targets, temperature, entropy)` -> LogProbs of `[B, S]` fp32.
+
+    Called without targets the model is what it was. Rows are right-padded and the model causal, so no attention mask
+    is needed: what stands after a row's end cannot reach the positions before it.
+    """
+    head = lm_head_of(model)
+    transform = LogitTransform.of(model.config)
+    own_forward, own_head = model.forward, head.forward
+
+    def head_forward(
+        self: nn.Linear,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
+        if targets is None:
+            return own_head(hidden)
+        result = linear_logprob(
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            scale=transform.scale,
+            softcap=transform.softcap,
+            temperature=temperature,
+            entropy=entropy,
+        )
+        # A plain tuple: DeepSpeed's backward hooks walk tuples and tensors.
+        return (result.logprobs, result.entropy) if entropy else (result.logprobs,)
+
+    def forward(
+        self: nn.Module,
+        tokens: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if targets is None:
+            return own_forward(input_ids=tokens, **kwargs)
+        hidden = backbone_of(self)(input_ids=tokens, use_cache=False)[0]
+        wanted = targets.reshape(-1)
+        flat = head(hidden.reshape(-1, hidden.shape[-1]), wanted, temperature, entropy)
+        return tuple(part.view(targets.shape) for part in flat)
+
+    head.forward = types.MethodType(head_forward, head)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
+
+
+def value_head_of(model: nn.Module) -> nn.Linear:
+    """The one-output linear head of a sequence-classification model (`score`, or `classifier` in some families)."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            if head.out_features != 1:
+                raise UserError(
+                    f"{type(model).__name__}: the head `{name}` has {head.out_features} outputs; a reward model has 1 "
+                    "(num_labels: 1)"
+                )
+            return head
+    raise UserError(f"{type(model).__name__} has no linear head named `score` or `classifier`")
+
+
+def bind_value_head(model: Any) -> None:
+    """Give a sequence-classification model the forward `(tokens)` -> values `[B, S]` fp32.
+
+    The head is applied at every position, so that nobody has to guess a row's end from a pad token, and
+    `config.reward_bias` (0 when absent) is subtracted.
+    """
+    head = value_head_of(model)
+
+    def forward(self: nn.Module, tokens: Tensor) -> Tensor:
+        hidden = backbone_of(self)(input_ids=tokens, use_cache=False)[0]
+        values: Tensor = head(hidden)[..., 0].float()
+        return values - float(getattr(self.config, "reward_bias", 0.0))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def check_head(logits: Tensor, logprobs: Tensor, targets: Tensor, name: str) -> None:
+    """Hold the fused log-probs against the model's own logits on the same tokens.
+
+    logits [B, S, V], logprobs [B, S], targets [B, S] (-100: not compared). The bound is the rounding of the model's
+    own dtype. Raises UserError when the head does more than `LogitTransform` says.
+    """
+    own = torch.log_softmax(logits.float(), -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    gap = ((own - logprobs).abs() * (targets != -100)).max().item()
+    scale = max(1.0, logits.float().abs().max().item())
+    bound = scale * (1e-5 if logits.dtype == torch.float32 else 2e-2)
+    if not gap <= bound:
+        raise UserError(
+            f"{name}: the fused log-probs differ from the model's own logits by {gap:.2e} (bound {bound:.2e}); "
+            "its head does something that Gearshift does not know"
+        )
+
+
+__all__ = [
+    "LogProbs",
+    "LogitTransform",
+    "backbone_of",
+    "bind_logprob_head",
+    "bind_value_head",
+    "check_head",
+    "lm_head_of",
+    "value_head_of",
+]

@@ -1,0 +1,121 @@
+"""The rollout model: the same `transformers` class, each parallel layer holding this rank's slice.
+
+Parallelism is applied from outside: the model is built on the meta device, every parameter points into a buffer that
+the shift writes, and the layers that the layout names get a forward that sums over the tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.engine.cache import ATTENTION_NAME, KeyValueCache, register
+from gearshift.engine.distributed import TensorParallelGroup
+from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
+from gearshift.engine.layout import TensorParallelLayout
+from gearshift.engine.loading import build_on_meta
+from gearshift.engine.sampling import HeadShard, few_rows_linear
+from gearshift.errors import UserError
+
+
+class Replica:
+    """This rank's part of one tensor-parallel copy of a causal LM.
+
+    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: the optimizer step whose
+    weights they hold (-1: none).
+    """
+
+    def __init__(self, config: Any, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device):
+        from transformers import AutoModelForCausalLM
+
+        register()
+        config = copy.deepcopy(config)
+        config._attn_implementation = ATTENTION_NAME
+        _refuse(config)
+        self.group, self.stamp, self.cache = group, -1, KeyValueCache()
+        self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
+        self.layout = TensorParallelLayout.of(self.model, group.size)
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.slices = self._allocate(device)
+        self.model.to(device).eval()
+        self.head = self._head_shard()
+        self._bind()
+
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions [n, T] -> last hidden states [n, T, H]; keys and values go to the cache."""
+        hidden: Tensor = backbone_of(self.model)(input_ids=tokens, position_ids=positions, use_cache=False)[0]
+        return hidden
+
+    def _allocate(self, device: torch.device) -> dict[str, Tensor]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        slices: dict[str, Tensor] = {}
+        made: dict[str, nn.Parameter] = {}
+        for module in self.model.modules():
+            for own, meta in list(module.named_parameters(recurse=False)):
+                name = names[id(meta)]
+                if name not in made:
+                    shape = self.layout.splits[name].shape(self.shapes[name], self.group.rank)
+                    slices[name] = torch.zeros(shape, dtype=meta.dtype, device=device)
+                    made[name] = nn.Parameter(slices[name], requires_grad=False)
+                module._parameters[own] = made[name]
+        return slices
+
+    def _head_shard(self) -> HeadShard:
+        head = lm_head_of(self.model)
+        start = self.layout.vocabulary[self.group.rank][0]
+        return HeadShard(head.weight, head.bias, start, LogitTransform.of(self.model.config))
+
+    def _bind(self) -> None:
+        for name, module in self.model.named_modules():
+            if hasattr(module, "layer_idx"):
+                module.rollout_cache = self.cache
+            role = self.layout.roles.get(name)
+            if role == "embedding":
+                self._bind_embedding(module)
+            elif role == "row":
+                self._bind_row(module)
+            elif isinstance(module, nn.Linear):
+                _bind_linear(module)
+
+    def _bind_row(self, module: nn.Module) -> None:
+        group = self.group
+
+        def forward(self: nn.Linear, x: Tensor) -> Tensor:
+            y = group.all_reduce(few_rows_linear(x, self.weight))
+            return y if self.bias is None else y + self.bias
+
+        module.forward = types.MethodType(forward, module)
+
+    def _bind_embedding(self, module: nn.Module) -> None:
+        group, start, own_forward = self.group, self.head.vocab_start, module.forward
+        if group.size == 1:
+            return
+
+        def forward(self: nn.Embedding, tokens: Tensor) -> Tensor:
+            local = tokens - start
+            mine = (local >= 0) & (local < self.weight.shape[0])
+            # The class's own forward: Gemma scales its embeddings there.
+            rows = own_forward(local.clamp(0, self.weight.shape[0] - 1))
+            return group.all_reduce(rows * mine[..., None])
+
+        module.forward = types.MethodType(forward, module)
+
+
+def _bind_linear(module: nn.Module) -> None:
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        return few_rows_linear(x, self.weight, self.bias)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def _refuse(config: Any) -> None:
+    """What would be silently wrong in a rollout is an error before any weight moves."""
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise UserError(f"{text.model_type}: attention soft-caps are not supported in rollouts yet")
+    if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
+        raise UserError(f"{text.model_type}: mixture-of-experts models are not supported in rollouts yet")

@@ -1,0 +1,152 @@
+"""The plan of a shift: which elements each rank sends to each other, a pure function of shapes.
+
+Letters: N ranks of ZeRO-3, t of a tensor-parallel group, rank r of N has tensor-parallel rank r mod t.
+
+ZeRO-3 holds a parameter flattened and cut in N contiguous shards of ceil(numel / N) elements. A tensor-parallel slice
+is a range of one dimension, that is, columns [lo, hi) of a matrix [outer, pitch] seen in row-major order. Their
+intersection is at most three affine pieces (a partial first row, whole rows, a partial last row), so that a plan
+never lists indices and can be made for a thousand ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gearshift.engine.layout import Split
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` runs of `length` elements: from `source + i·source_stride` to `dest + i·dest_stride`.
+
+    Source offsets count within the sender's shard, destination offsets within the receiver's slice.
+    """
+
+    source: int
+    source_stride: int
+    dest: int
+    dest_stride: int
+    length: int
+    count: int
+
+    @property
+    def elements(self) -> int:
+        return self.length * self.count
+
+
+@dataclass(frozen=True)
+class Item:
+    """A contiguous range of a parameter's flat elements: small enough for one bucket."""
+
+    name: str
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class ReshardPlan:
+    """Buckets of items, and the geometry from which every rank's pieces follow.
+
+    `shapes`: parameter name -> shape; `splits`: parameter name -> its split.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    splits: dict[str, Split]
+    zero_world: int
+    tp_size: int
+    buckets: tuple[tuple[Item, ...], ...]
+
+    @classmethod
+    def build(
+        cls,
+        shapes: dict[str, tuple[int, ...]],
+        splits: dict[str, Split],
+        zero_world: int,
+        tp_size: int,
+        bucket_elements: int = 16 << 20,
+    ) -> ReshardPlan:
+        """No rank's bucket holds more than `bucket_elements` elements to receive (of a parameter larger than that,
+        consecutive ranges)."""
+        if zero_world % tp_size:
+            raise ValueError(f"tensor-parallel groups of {tp_size} do not divide {zero_world} ranks")
+        buckets: list[tuple[Item, ...]] = []
+        current: list[Item] = []
+        room = bucket_elements
+        for name, shape in shapes.items():
+            numel, low = math.prod(shape), 0
+            while low < numel:
+                if room == 0:
+                    buckets.append(tuple(current))
+                    current, room = [], bucket_elements
+                high = min(numel, low + room)
+                current.append(Item(name, low, high))
+                room -= high - low
+                low = high
+        if current:
+            buckets.append(tuple(current))
+        return cls(shapes, splits, zero_world, tp_size, tuple(buckets))
+
+    def shard(self, name: str, rank: int) -> tuple[int, int]:
+        """The flat range of a parameter that a ZeRO-3 rank holds (empty past the end)."""
+        numel = math.prod(self.shapes[name])
+        size = -(-numel // self.zero_world)
+        return min(numel, rank * size), min(numel, (rank + 1) * size)
+
+    def pieces(self, item: Item, sender: int, receiver: int) -> list[Piece]:
+        """What `sender` holds of the item and `receiver` needs, in the order in which it travels."""
+        shard_low, shard_high = self.shard(item.name, sender)
+        low, high = max(shard_low, item.low), min(shard_high, item.high)
+        if low >= high:
+            return []
+        return list(intersect(self.shapes[item.name], self.splits[item.name], receiver % self.tp_size, low, high))
+
+    def received_elements(self, rank: int) -> int:
+        """Elements that the rank gets from others in one shift: what its slices need and its shards lack."""
+        return sum(
+            piece.elements
+            for bucket in self.buckets
+            for item in bucket
+            for sender in range(self.zero_world)
+            if sender != rank
+            for piece in self.pieces(item, sender, rank)
+        )
+
+
+def intersect(shape: tuple[int, ...], split: Split, tp_rank: int, low: int, high: int) -> Iterator[Piece]:
+    """The flat range [low, high) of a tensor ∩ the slice of a tensor-parallel rank, as at most three pieces.
+
+    Source offsets count from `low`'s own shard start in flat order, given as offsets from flat element 0 (the caller
+    of `Piece.source` subtracts the shard's start); destinations count within the dense slice.
+    """
+    if split.dim is None:
+        yield Piece(low, 0, low, 0, high - low, 1)
+        return
+    inner = math.prod(shape[split.dim + 1 :])
+    pitch = shape[split.dim] * inner
+    lo, hi = (edge * inner for edge in split.ranges[tp_rank])
+    width = hi - lo
+    if width <= 0:
+        return
+    first, last = low // pitch, (high - 1) // pitch
+
+    def run(row: int, start: int, stop: int) -> Iterator[Piece]:
+        """Columns [start, stop) of one row, cut to the slice."""
+        start, stop = max(start, lo), min(stop, hi)
+        if start < stop:
+            yield Piece(row * pitch + start, 0, row * width + start - lo, 0, stop - start, 1)
+
+    if first == last:
+        yield from run(first, low - first * pitch, high - first * pitch)
+        return
+    begin, end = first, last + 1  # whole rows [begin, end)
+    if low > first * pitch:
+        yield from run(first, low - first * pitch, pitch)
+        begin += 1
+    if high < (last + 1) * pitch:
+        end -= 1
+    if begin < end:
+        yield Piece(begin * pitch + lo, pitch, begin * width, width, width, end - begin)
+    if high < (last + 1) * pitch:
+        yield from run(last, 0, high - last * pitch)

@@ -1,0 +1,116 @@
+"""`save_pretrained` from ZeRO-3 shards: parameter by parameter, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gearshift.engine.distributed import World
+
+MAX_FILE_BYTES = 2 << 30
+
+
+def save_pretrained(
+    model: Any,
+    folder: Path,
+    world: World,
+    *,
+    tokenizer: Any = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a folder that `from_pretrained` loads: config, safetensors, tokenizer. Collective: every rank calls it.
+
+    Rank 0 holds one file's tensors at a time. An existing folder is replaced only when the new one is complete.
+    """
+    aside = folder.with_name(folder.name + ".writing")
+    if world.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    writer = _FileWriter(aside, max_file_bytes) if world.is_main else None
+    for name, tensor in gathered_parameters(model):
+        if writer is not None:
+            for key, value in _names_on_disk(model, name, tensor).items():
+                writer.add(key, value)
+    if writer is not None:
+        writer.close()
+        model.config.save_pretrained(aside)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        _replace(folder, aside)
+    if world.size > 1:
+        torch.distributed.barrier()
+
+
+def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter once, whole, on the host (tied ones under their first name). Collective."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            tensor = parameter.detach().to("cpu", copy=True)
+        yield name, tensor
+
+
+def _names_on_disk(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The name that other loaders expect: `transformers`' renamings, undone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return reverted
+
+
+class _FileWriter:
+    """Collects tensors and writes a safetensors file each time the bound is reached; the index comes last."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = self.total_bytes = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.max_bytes:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / f"part-{len(self.files)}", metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self.files)
+        if count == 1:
+            os.replace(self.folder / "part-0", self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for i, names in enumerate(self.files):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self.folder / f"part-{i}", self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Put the complete folder in place; the old one stays until then."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,157 @@
+"""The shift and the rollouts on two ranks, against the ZeRO-3 forward and against `transformers`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.engine import HybridEngine, Prompts, Rollouts, Sampling, Training, World
+from tests.models import save_tiny
+from tests.worker_group import WorkerGroup
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gpt_neox", "phi", "cohere", "granite"]
+
+
+def some_prompts(count: int, seed: int = 0, vocabulary: int = 131) -> Prompts:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator)
+    tokens = torch.randint(3, vocabulary, (count, 12), generator=generator)
+    tokens *= torch.arange(12) < lengths[:, None]
+    ids = torch.arange(count)
+    return Prompts(tokens, lengths, ids, ids + 100, torch.zeros_like(ids))
+
+
+def _policy(world: World, folder: str, tp_size: int, training: Training | None = None, **more: Any) -> HybridEngine:
+    dtype = more.pop("dtype", torch.float32)
+    return HybridEngine.load(folder, world, dtype=dtype, micro_batch_size=4, training=training, tp_size=tp_size, **more)
+
+
+def nll(model: HybridEngine, micro: Rollouts, count: torch.Tensor) -> Any:
+    from gearshift.kernels import Loss
+
+    return Loss(-model.response_logprobs(micro)[0].sum() / count, {})
+
+
+def roll_train_roll(world: World, folder: str, tp_size: int) -> dict[str, Any]:
+    """Roll out, take one step, roll out again: gaps to the training forward, and what the shift did to the shards."""
+    policy = _policy(world, folder, tp_size, Training(learning_rate=1e-2, max_grad_norm=0.0))
+    mine = some_prompts(10).select(world.share(10))
+    sampling = Sampling(max_new_tokens=16, eos_ids=(2,), seed=3)
+    found: dict[str, Any] = {"gaps": [], "shards_same": [], "replica_same": []}
+    for _ in range(2):
+        before = [p.ds_tensor.clone() for p in policy.module.parameters()]
+        with policy.rollout() as generator:
+            rollouts = generator.generate(mine, sampling)
+            found["replica_same"].append(_replica_is_gathered(policy))
+        after = [p.ds_tensor for p in policy.module.parameters()]
+        found["shards_same"].append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+        logprobs = policy.logprobs(rollouts)
+        found["gaps"].append(((logprobs - rollouts.logprobs) * rollouts.mask).abs().max().item())
+        found.setdefault("rollouts", []).append(rollouts)
+        policy.accumulate(nll, rollouts)
+        policy.step()
+    return found
+
+
+def _replica_is_gathered(policy: HybridEngine) -> bool:
+    from gearshift.engine.saving import gathered_parameters
+
+    replica = policy._replica
+    assert replica is not None
+    same = True
+    for name, whole in gathered_parameters(policy.module):
+        split = replica.layout.splits[name]
+        if split.dim is not None:
+            low, high = split.ranges[replica.group.rank]
+            whole = whole.narrow(split.dim, low, high - low)
+        same &= torch.equal(whole, replica.slices[name])
+    return same
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_rollout_agrees_with_training_and_transformers(
+    two_ranks: WorkerGroup, tmp_path: Path, family: str, tp_size: int
+) -> None:
+    folder = save_tiny(family, tmp_path / family)
+    ranks = two_ranks.run(roll_train_roll, str(folder), tp_size)
+    for found in ranks:
+        assert max(found["gaps"]) <= 1e-5
+        assert found["shards_same"] == [True, True]
+        assert found["replica_same"] == [True, True]
+    _check_against_transformers(folder, [found["rollouts"][0] for found in ranks])
+
+
+def _check_against_transformers(folder: Path, parts: list[Rollouts]) -> None:
+    """Each sampled token's log-prob from `transformers`' own logits, row by row, unpadded."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for rollouts in parts:
+        for b in range(len(rollouts)):
+            prompt = rollouts.tokens[b, : rollouts.lengths[b]]
+            response = rollouts.responses[b][rollouts.mask[b]]
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, response])[None]).logits[0]
+            own = torch.log_softmax(logits[len(prompt) - 1 : -1], -1).gather(1, response[:, None])[:, 0]
+            torch.testing.assert_close(rollouts.logprobs[b][rollouts.mask[b]], own, atol=2e-5, rtol=0)
+            assert rollouts.finished[b] == (response[-1] == 2)
+            assert len(response) == 16 or rollouts.finished[b]
+
+
+def sample_with(world: World, folder: str, tp_size: int, slots: int | None, temperature: float) -> Rollouts:
+    policy = _policy(world, folder, tp_size, slots=slots)
+    mine = some_prompts(9).select(world.share(9))
+    with policy.rollout() as generator:
+        return generator.generate(mine, Sampling(24, eos_ids=tuple(range(2, 16)), temperature=temperature, seed=11))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_the_same_draw_gets_the_same_answer(two_ranks: WorkerGroup, tmp_path: Path, temperature: float) -> None:
+    """Whatever the tensor-parallel degree and the number of slots (refilled when a row ends)."""
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    answers = []
+    for tp_size, slots in [(1, None), (2, None), (2, 3), (1, 2)]:
+        parts = two_ranks.run(sample_with, folder, tp_size, slots, temperature)
+        rows = [r.responses[b][r.mask[b]].tolist() for r in parts for b in range(len(r))]
+        assert [int(i) for r in parts for i in r.ids] == list(range(9))
+        answers.append(rows)
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert len({len(row) for row in answers[0]}) > 2, (
+        "rows must end at different lengths for this test to mean anything"
+    )
+
+
+def generate_after_step(world: World, folder: str) -> str:
+    policy = _policy(world, folder, 2, Training(learning_rate=1e-2))
+    mine = some_prompts(4).select(world.share(4))
+    with policy.rollout() as generator:
+        rollouts = generator.generate(mine, Sampling(4, eos_ids=(2,)))
+    policy.accumulate(nll, rollouts)
+    policy.step()
+    try:
+        generator.generate(mine, Sampling(4, eos_ids=(2,)))
+    except RuntimeError as error:
+        return str(error)
+    return "generated from stale weights"
+
+
+def test_stale_weights_are_an_error(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert all("stale" in message for message in two_ranks.run(generate_after_step, folder))
+
+
+def bf16_gap(world: World, folder: str) -> float:
+    policy = _policy(world, folder, 2, dtype=torch.bfloat16)
+    mine = some_prompts(8).select(world.share(8))
+    with policy.rollout() as generator:
+        rollouts = generator.generate(mine, Sampling(12, eos_ids=(2,)))
+    gap = (policy.logprobs(rollouts) - rollouts.logprobs).abs() * rollouts.mask
+    return float(gap.sum() / rollouts.mask.sum())
+
+
+def test_bf16_mean_gap(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    # bf16 keeps 8 bits: logits of about 10 are rounded to about 0.04.
+    assert max(two_ranks.run(bf16_gap, folder)) < 0.1
