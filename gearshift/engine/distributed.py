@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def init_distributed() -> World:
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 wants renamed: nothing that a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), _local_size()
     os.environ.setdefault("LOCAL_SIZE", str(local_size))
     accelerator = get_accelerator()

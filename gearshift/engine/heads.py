@@ -88,15 +88,15 @@ def bind_logprob_head(model: Any) -> None:
 
     def forward(
         self: nn.Module,
-        tokens: Tensor | None = None,
+        input_ids: Tensor | None = None,
         targets: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
         **kwargs: Any,
     ) -> Any:
         if targets is None:
-            return own_forward(input_ids=tokens, **kwargs)
-        hidden = backbone_of(self)(input_ids=tokens, use_cache=False)[0]
+            return own_forward(input_ids=input_ids, **kwargs)
+        hidden = backbone_of(self)(input_ids=input_ids, use_cache=False)[0]
         wanted = targets.reshape(-1)
         flat = head(hidden.reshape(-1, hidden.shape[-1]), wanted, temperature, entropy)
         return tuple(part.view(targets.shape) for part in flat)

@@ -1,0 +1,63 @@
+"""The command line of a stage: a config file, `--section.field value` overrides, and a few options of the launcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gearshift.errors import UserError
+
+
+@dataclass
+class Arguments:
+    """What was typed after the command's name."""
+
+    config: str | None = None
+    overrides: list[tuple[str, str]] = field(default_factory=list)  # ("ppo.clip", "0.1"), in order
+    hostfile: str | None = None
+    help: bool = False
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`, `--help`.
+
+    `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
+    Raises UserError for anything else.
+    """
+    arguments = Arguments()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            arguments.help = True
+        elif not word.startswith("--"):
+            _set_config(arguments, word)
+        else:
+            name, _, value = word[2:].partition("=")
+            if "=" not in word:
+                # A negative number is a value; the next option is not.
+                if not rest or rest[0].startswith("--"):
+                    raise UserError(f"{word} needs a value: {word} VALUE")
+                value = rest.pop(0)
+            _set_option(arguments, name, value)
+    return arguments
+
+
+def _set_config(arguments: Arguments, path: str) -> None:
+    if arguments.config is not None:
+        raise UserError(
+            f"two config files, {arguments.config} and {path}: give one, and changes as --section.field value"
+        )
+    arguments.config = path
+
+
+def _set_option(arguments: Arguments, name: str, value: str) -> None:
+    if name == "config":
+        _set_config(arguments, value)
+    elif name == "hostfile":
+        arguments.hostfile = value
+    elif name in ("local_rank", "local-rank"):
+        pass
+    elif "." in name:
+        arguments.overrides.append((name, value))
+    else:
+        raise UserError(f"--{name} is not an option: settings are --section.field value, see --help for all of them")

@@ -1,0 +1,162 @@
+"""Language modelling: pretraining a base model, SFT, and the pretraining loss of PPO-ptx. One loss, three uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from gearshift.engine import CausalModel, TokenBatch, World, init_distributed
+from gearshift.engine.settings import OptimizerSettings
+from gearshift.errors import UserError
+from gearshift.kernels import Loss
+from gearshift.rlhf.data.batches import collate_text
+from gearshift.rlhf.data.encoding import Encoder
+from gearshift.rlhf.data.sampling import Sampler
+from gearshift.rlhf.data.sources import read_sources
+from gearshift.rlhf.data.tokenizers import train_tokenizer
+from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.settings import PretrainConfig, SftConfig
+from gearshift.rlhf.setup import at_least, dtype_of, encoder_of, schedule_of, text_blocks, tokenizer_of, training_of
+from gearshift.rlhf.supervised import evaluate, fit
+
+
+def language_loss(model: CausalModel, batch: TokenBatch, count: Tensor) -> Loss:
+    """−Σ log p(target) / count, over the positions that have a target; temperature 1."""
+    batch = batch.trimmed()
+    logprobs, _ = model.forward(batch.tokens, batch.targets)
+    return Loss(-logprobs.sum() / count, {"tokens": (batch.targets != -100).sum().double()})
+
+
+def text_batches(rows: list[Any], sampler: Sampler, world: World) -> Iterator[TokenBatch]:
+    """This rank's rows of every global batch that the sampler draws."""
+    for draw in sampler:
+        yield collate_text([rows[i] for i in draw.rows[world.rank :: world.size]])
+
+
+def pretrain(config: PretrainConfig, report: Report) -> None:
+    """A base model from text: from nothing with `policy.init: config`, else further training of a model."""
+    world = init_distributed()
+    tokenizer = _tokenizer(config)
+    encoder = encoder_of(config.data, tokenizer)
+    blocks = text_blocks(config.data.train, encoder)
+    held_out = text_blocks(config.data.validation, encoder)
+    at_least(blocks, 1, "data.train")
+    sampler = Sampler(len(blocks), config.train.batch_size, config.run.seed)
+    _train(
+        config,
+        report,
+        world,
+        tokenizer,
+        sampler.steps(config.train.epochs),
+        text_batches(blocks, sampler, world),
+        held_out,
+    )
+
+
+def sft(config: SftConfig, report: Report) -> None:
+    """Supervised fine-tuning: the loss is on the responses alone; part of each batch may be pretraining text.
+
+    InstructGPT's SFT baseline and the start of its PPO (2 epochs, 10% pretraining text) are two configs of this.
+    """
+    world = init_distributed()
+    tokenizer = tokenizer_of(config.data, config.policy.init)
+    encoder = encoder_of(config.data, tokenizer)
+    encoded = encoder.demonstrations(read_sources(config.data.train))
+    report.say(f"data.train: {encoded.describe()}")
+    at_least(encoded.rows, 1, "data.train")
+    held_out = encoder.demonstrations(read_sources(config.data.validation)).rows if config.data.validation else []
+    batches, steps = _mixed_batches(config, encoded.rows, encoder, world)
+    _train(config, report, world, tokenizer, steps, batches, held_out)
+
+
+def _mixed_batches(
+    config: SftConfig, rows: list[Any], encoder: Encoder, world: World
+) -> tuple[Iterator[TokenBatch], int]:
+    """Batches of demonstrations and `train.pretraining_fraction` of text, and how many steps make the epochs."""
+    train, seed = config.train, config.run.seed
+    texts = round(train.batch_size * train.pretraining_fraction)
+    demonstrations = Sampler(len(rows), train.batch_size - texts, seed)
+    steps = demonstrations.steps(train.epochs)
+    if not texts:
+        return text_batches(rows, demonstrations, world), steps
+    blocks = text_blocks(train.pretraining, encoder)
+    at_least(blocks, 1, "train.pretraining")
+
+    def batches() -> Iterator[TokenBatch]:
+        for draw, text in zip(demonstrations, Sampler(len(blocks), texts, seed), strict=False):
+            both = [rows[i] for i in draw.rows] + [blocks[i] for i in text.rows]
+            yield collate_text(both[world.rank :: world.size])
+
+    return batches(), steps
+
+
+def _train(
+    config: PretrainConfig,
+    report: Report,
+    world: World,
+    tokenizer: Any,
+    steps: int,
+    batches: Iterator[TokenBatch],
+    held_out: list[Any],
+) -> None:
+    model = _model(config, config.optimizer, world, tokenizer, steps)
+
+    def validate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        return {"loss/validation": float(evaluate(model, language_loss, held_out, collate_text)["loss"])}
+
+    report.start([f"model        {model.parameters_total:,} parameters"], steps)
+    fit(model, language_loss, batches, steps, report, validate, config.train.validate_every)
+    model.save_pretrained(f"{config.run.folder}/model", tokenizer)
+
+
+def _model(
+    config: PretrainConfig, optimizer: OptimizerSettings, world: World, tokenizer: Any, steps: int
+) -> CausalModel:
+    return CausalModel.load(
+        config.policy.init,
+        world,
+        dtype=dtype_of(config.run, world),
+        micro_batch_size=config.train.micro_batch_size,
+        training=training_of(optimizer, schedule_of(config.train, steps)),
+        config=new_model_config(config.policy.config or {}, tokenizer) if config.policy.init == "config" else None,
+        seed=config.run.seed,
+        deepspeed_extra=config.deepspeed,
+    )
+
+
+def new_model_config(fields: dict[str, Any], tokenizer: Any) -> Any:
+    """A `transformers` config from its fields; vocabulary size and special tokens are the tokenizer's."""
+    from transformers import AutoConfig
+
+    known = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    fields = {**known, **fields}
+    if fields["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"policy.config.vocab_size: {fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}"
+        )
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError("policy.config: model_type is missing (llama, qwen3, gpt_neox, ...)")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise UserError(f"policy.config: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer(config: PretrainConfig) -> Any:
+    """The one that the config names, or a new one trained on `data.tokenizer_text` (the same on every rank)."""
+    data = config.data
+    if data.tokenizer != "train":
+        return tokenizer_of(data, config.policy.init)
+    assert data.vocab_size is not None
+    texts = (str(record.fields.get(data.text_key, "")) for record in read_sources(data.tokenizer_text or data.train))
+    return train_tokenizer(texts, data.vocab_size)

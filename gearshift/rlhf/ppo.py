@@ -1,0 +1,318 @@
+"""PPO and PPO-ptx (InstructGPT 3.5 and C.4): the step reads as the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift import kernels
+from gearshift.engine import (
+    CausalModel,
+    Episodes,
+    HybridEngine,
+    Prompts,
+    RewardModel,
+    Rollouts,
+    Sampling,
+    TokenBatch,
+    World,
+    init_distributed,
+)
+from gearshift.errors import UserError
+from gearshift.kernels import Loss
+from gearshift.rlhf.data.batches import collate_prompts, collate_text
+from gearshift.rlhf.data.encoding import PromptRow
+from gearshift.rlhf.data.sampling import Sampler, rank_part
+from gearshift.rlhf.data.sources import read_sources
+from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
+from gearshift.rlhf.kl import KlController
+from gearshift.rlhf.language import language_loss, text_batches
+from gearshift.rlhf.reporting import Phases, Report
+from gearshift.rlhf.schedules import constant
+from gearshift.rlhf.settings import PpoConfig
+from gearshift.rlhf.setup import (
+    at_least,
+    dtype_of,
+    encoder_of,
+    stop_tokens,
+    text_blocks,
+    tokenizer_of,
+    training_of,
+)
+from gearshift.rlhf.supervised import evaluate
+
+
+@dataclass
+class Models:
+    """The four models of PPO. `reference` and `reward_model` are frozen."""
+
+    policy: HybridEngine
+    critic: RewardModel
+    reference: CausalModel
+    reward_model: RewardModel
+
+
+class Ppo:
+    """One run of PPO: the models, the data and where it stands."""
+
+    def __init__(self, config: PpoConfig, world: World, models: Models, data: PpoData, report: Report):
+        self.config, self.world, self.data, self.report = config, world, data, report
+        self.policy, self.critic = models.policy, models.critic
+        self.reference, self.reward_model = models.reference, models.reward_model
+        self.kl = KlController(config.ppo.kl)
+        self.sampling = Sampling(
+            config.rollout.max_new_tokens, data.stop_tokens, config.rollout.temperature, config.run.seed
+        )
+
+    def iteration(self, number: int) -> dict[str, float]:
+        """Roll out, score, update; returns the iteration's metrics."""
+        phases, sums = Phases(), _Sums()
+        prompts = next(self.data.prompts)
+        with phases.phase("generation"), self.policy.rollout() as generator:
+            rollouts = generator.generate(prompts, self.sampling)
+        with phases.phase("score"):
+            scores = self.reward_model.score(rollouts)
+            ref_logprobs = self.reference.logprobs(rollouts, self.sampling.temperature)
+            values = self.critic.values(rollouts)
+            gap = self.logprob_gap(rollouts)
+            episodes = build_episodes(rollouts, scores, ref_logprobs, values, self.config.ppo, self.kl.coef, self.world)
+        metrics = episode_metrics(episodes, self.kl.coef)
+        self.check_finite(episodes, number)
+        metrics |= {
+            "rollout/logprob_gap": gap,
+            "optimizer/learning_rate": self.policy.learning_rate,
+            "optimizer/critic_learning_rate": self.critic.learning_rate,
+        }
+        with phases.phase("train"):
+            for minibatch in minibatches(episodes, self.config.ppo, self.config.run.seed, number, self.world):
+                sums.add("policy", self.policy.accumulate(self.policy_loss, minibatch))
+                if self.config.ptx.coef > 0:
+                    text = next(self.data.pretraining)
+                    sums.add("ptx", self.policy.accumulate(language_loss, text, weight=self.config.ptx.coef))
+                sums.norm("policy", self.policy.step())
+                sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
+                sums.norm("critic", self.critic.step())
+        self.kl.update(metrics["objective/kl"], len(episodes))
+        self.sample_table(number, episodes)
+        return (
+            metrics | sums.metrics() | self.timings(phases, episodes) | {"objective/episodes": number * len(episodes)}
+        )
+
+    def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor) -> Loss:
+        """The clipped surrogate on a micro-batch; `count`: response tokens of the global minibatch."""
+        logprobs, _ = policy.response_logprobs(batch, self.sampling.temperature)
+        return kernels.policy_loss(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, clip=self.config.ppo.clip, tokens=count
+        )
+
+    def value_loss(self, critic: RewardModel, batch: Episodes, count: Tensor) -> Loss:
+        """The clipped value loss on a micro-batch."""
+        values = critic.response_values(batch)
+        return kernels.value_loss(
+            values, batch.values, batch.returns, batch.mask, clip=self.config.ppo.value_clip, tokens=count
+        )
+
+    def logprob_gap(self, rollouts: Rollouts) -> float:
+        """Largest |rollout − training forward| log-prob over the first micro-batch of every rank, nats. Collective.
+
+        Raises UserError past `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
+        """
+        some = rollouts.select(slice(0, self.policy.micro_batch_size))
+        trained = self.policy.logprobs(some, self.sampling.temperature)
+        gap = self.world.max(float(((trained - some.logprobs) * some.mask).abs().max()))
+        limit = self.config.rollout.gap_limit("fp32" if self.policy.dtype == torch.float32 else "bf16")
+        if not gap <= limit:
+            raise UserError(
+                f"rollout.logprob_gap_limit: rollout and training log-probs differ by {gap:.3g} nats, limit {limit:.3g}"
+            )
+        return gap
+
+    def check_finite(self, episodes: Episodes, number: int) -> None:
+        """Stops before any weight moves; every rank holds the same episodes, so every rank stops."""
+        for name in ("scores", "logprobs", "ref_logprobs", "values", "advantages"):
+            tensor = getattr(episodes, name)
+            bad = ~tensor.isfinite()
+            if bool(bad.any()):
+                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else int(bad.nonzero()[0])
+                raise UserError(
+                    f"iteration {number}: {name} is not finite for prompt {int(episodes.ids[row])}; "
+                    "no weight was changed"
+                )
+
+    def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
+        """Seconds per phase; the shift is told apart from the generation that it precedes."""
+        shift = self.policy.shift_seconds
+        seconds = phases.seconds | {"generation": phases.seconds["generation"] - shift, "shift": shift}
+        total = phases.total()
+        tokens = int(episodes.lengths.sum() + episodes.mask.sum())
+        return {f"timing/{name}": value for name, value in seconds.items()} | {
+            "timing/step": total,
+            "rollout/shift_bytes": float(self.policy.shift_bytes),
+            "throughput/tokens_per_second": tokens / total,
+            "throughput/tokens_per_second_per_rank": tokens / total / self.world.size,
+        }
+
+    def sample_table(self, number: int, episodes: Episodes) -> None:
+        every = self.config.ppo.samples_every
+        if not every or (number - 1) % every:
+            return
+        rows = []
+        for b in range(min(self.config.tracking.samples, len(episodes))):
+            kl = (episodes.logprobs[b] - episodes.ref_logprobs[b])[episodes.mask[b]].sum()
+            rows.append(
+                {
+                    "prompt": self.data.decode(episodes.tokens[b, : episodes.lengths[b]]),
+                    "response": self.data.decode(episodes.responses[b][episodes.mask[b]]),
+                    "score": float(episodes.scores[b]),
+                    "kl": float(kl),
+                    "finished": bool(episodes.finished[b]),
+                }
+            )
+        self.report.samples(number, rows)
+
+    def validate(self) -> dict[str, float]:
+        """Scores on held-out prompts, loss on held-out pretraining text. Collective."""
+        found = {}
+        if self.data.held_out_text:
+            sums = evaluate(self.policy, language_loss, self.data.held_out_text, collate_text)
+            found["loss/pretraining_heldout"] = float(sums["loss"])
+        rows = self.data.held_out_prompts
+        if rows:
+            mine = collate_prompts(rows[self.world.share(len(rows))] or rows[:1])
+            with self.policy.rollout() as generator:
+                answers = generator.generate(mine, self.sampling)
+            scores = self.reward_model.score(answers)
+            total = self.world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
+            found["validation/scores"] = float(total[0] / total[1])
+        return found
+
+
+class _Sums:
+    """Sums of an iteration's minibatches, divided once at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._norms: dict[str, list[float]] = {}
+        self._losses: dict[str, list[float]] = {}
+
+    def add(self, what: str, sums: dict[str, Tensor]) -> None:
+        self._losses.setdefault(what, []).append(float(sums["loss"]))
+        for name, value in sums.items():
+            self._sums[f"{what}/{name}"] = self._sums.get(f"{what}/{name}", 0.0) + float(value)
+
+    def norm(self, what: str, value: float) -> None:
+        self._norms.setdefault(what, []).append(value)
+
+    def metrics(self) -> dict[str, float]:
+        policy, value = self._sums["policy/tokens"], self._sums["value/tokens"]
+        found = {f"loss/{what}_avg": sum(losses) / len(losses) for what, losses in self._losses.items()}
+        found |= {f"{what}/grad_norm": sum(norms) / len(norms) for what, norms in self._norms.items()}
+        return found | {
+            "policy/approxkl_avg": self._sums["policy/approx_kl"] / policy,
+            "policy/clipfrac_avg": self._sums["policy/clipped"] / policy,
+            "val/ratio": self._sums["policy/ratio"] / policy,
+            "critic/clipfrac_avg": self._sums["value/clipped"] / value,
+        }
+
+
+@dataclass
+class PpoData:
+    """This rank's prompts and pretraining text, without end; and what is held out."""
+
+    prompts: Iterator[Prompts]
+    pretraining: Iterator[TokenBatch]
+    held_out_prompts: list[PromptRow]
+    held_out_text: list[Any]
+    stop_tokens: tuple[int, ...]
+    tokenizer: Any
+
+    def decode(self, tokens: Tensor) -> str:
+        text: str = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return text
+
+    @classmethod
+    def load(cls, config: PpoConfig, world: World, report: Report) -> PpoData:
+        tokenizer = tokenizer_of(config.data, config.policy.init)
+        encoder = encoder_of(config.data, tokenizer)
+        encoded = encoder.prompts(read_sources(config.data.train))
+        report.say(f"data.train: {encoded.describe()}")
+        at_least(encoded.rows, 1, "data.train")
+        held_out = encoder.prompts(read_sources(config.data.validation)).rows if config.data.validation else []
+        text_encoder = encoder_of(config.data, tokenizer, config.ptx.max_tokens)
+        return cls(
+            prompts=prompt_batches(
+                encoded.rows, Sampler(len(encoded.rows), config.ppo.batch_size, config.run.seed), world
+            ),
+            pretraining=_pretraining(config, text_blocks(config.ptx.data, text_encoder), world),
+            held_out_prompts=held_out,
+            held_out_text=text_blocks(config.ptx.validation, text_encoder),
+            stop_tokens=stop_tokens(tokenizer, config.policy.init),
+            tokenizer=tokenizer,
+        )
+
+
+def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World) -> Iterator[Prompts]:
+    """This rank's part of every global batch of prompts."""
+    for draw in sampler:
+        mine = rank_part([rows[i] for i in draw.rows], world.rank, world.size)
+        yield collate_prompts(mine, rank_part(draw.draws, world.rank, world.size))
+
+
+def _pretraining(config: PpoConfig, blocks: list[Any], world: World) -> Iterator[TokenBatch]:
+    """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch."""
+    if config.ptx.coef == 0:
+        return iter(())
+    at_least(blocks, 1, "ptx.data")
+    per_step = config.ppo.minibatch_size * config.ptx.examples_per_episode
+    return text_batches(blocks, Sampler(len(blocks), per_step, config.run.seed + 1), world)
+
+
+def load_models(config: PpoConfig, world: World) -> Models:
+    """Policy and critic that train, reference and reward model that do not."""
+    ppo, dtype = config.ppo, dtype_of(config.run, world)
+    steps_per_iteration = ppo.minibatches * ppo.epochs
+    schedule = constant(ppo.warmup_iterations * steps_per_iteration, first=0.1)
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "micro_batch_size": ppo.micro_batch_size,
+        "deepspeed_extra": config.deepspeed,
+    }
+    policy = HybridEngine.load(
+        config.policy.init,
+        world,
+        training=training_of(config.optimizer, schedule),
+        tp_size=config.rollout.tp_size,
+        slots=config.rollout.slots,
+        bucket_bytes=config.rollout.bucket_mb << 20,
+        **common,
+    )
+    critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init
+    critic_training = training_of(config.optimizer, schedule, config.critic.learning_rate)
+    reference_init = config.policy.init if config.reference.init == "policy" else config.reference.init
+    return Models(
+        policy,
+        RewardModel.load(critic_init, world, training=critic_training, **common),
+        CausalModel.load(reference_init, world, **common),
+        RewardModel.load(config.reward.init, world, **common),
+    )
+
+
+def ppo(config: PpoConfig, report: Report) -> None:
+    """Train a policy against a reward model; with `ptx.coef` above 0 this is PPO-ptx."""
+    world = init_distributed()
+    data = PpoData.load(config, world, report)
+    run = Ppo(config, world, load_models(config, world), data, report)
+    iterations, every = config.ppo.iterations, config.ppo.validate_every
+    report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations)
+    for number in range(1, iterations + 1):
+        before = run.validate() if number == 1 and every else {}
+        metrics = run.iteration(number)
+        if number == iterations or (every and number % every == 0):
+            before = run.validate()
+        report.log(number, metrics | before)
+    run.policy.save_pretrained(f"{config.run.folder}/model", data.tokenizer)
+    run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

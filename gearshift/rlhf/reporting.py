@@ -1,0 +1,44 @@
+"""What a stage tells while it runs. The launch floor writes it to files, trackers and the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Report(Protocol):
+    """Called on every rank; only rank 0's goes anywhere."""
+
+    def start(self, lines: Sequence[str], total: int) -> None:
+        """Say what is about to happen, and how many steps it takes."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one finished step."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some answers, as `{"prompt", "response", ...}`."""
+
+    def say(self, line: str) -> None:
+        """One line for the screen."""
+
+
+class Phases:
+    """Seconds spent in each named phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since this object was made."""
+        return time.perf_counter() - self._start

@@ -1,0 +1,120 @@
+"""The reward model: a prompt's ranked answers are one batch element (InstructGPT 3.5 and C.2).
+
+Letters: B prompts, K answers to a prompt, S longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from gearshift.engine import RewardModel, World, init_distributed
+from gearshift.kernels import Loss
+from gearshift.rlhf.data.batches import ComparisonBatch, collate_comparisons
+from gearshift.rlhf.data.encoding import Comparison, Demonstration
+from gearshift.rlhf.data.sampling import Sampler
+from gearshift.rlhf.data.sources import read_sources
+from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.settings import RewardConfig
+from gearshift.rlhf.setup import at_least, dtype_of, encoder_of, schedule_of, tokenizer_of, training_of
+from gearshift.rlhf.supervised import evaluate, fit
+
+
+def reward_loss(model: RewardModel, batch: ComparisonBatch, count: Tensor) -> Loss:
+    """Σ over prompts of −(1/pairs) Σ log σ(r_preferred − r_other), divided by count, the prompts that have a pair.
+
+    InstructGPT equation 1, with the mean over a prompt's pairs that are not ties.
+    """
+    rewards = answer_rewards(model, batch)
+    pairs = batch.pairs()
+    margins = rewards[:, :, None] - rewards[:, None, :]
+    per_prompt = pairs.flatten(1).sum(1).clamp(min=1)
+    losses = -torch.where(pairs, logsigmoid(margins), 0.0).flatten(1).sum(1) / per_prompt
+    return Loss(
+        losses.sum() / count,
+        {
+            "tokens": batch.lengths.sum().double(),
+            "pairs": pairs.sum().double(),
+            "right": (pairs & (margins > 0)).sum().double(),
+        },
+    )
+
+
+def answer_rewards(model: RewardModel, batch: ComparisonBatch) -> Tensor:
+    """Rewards [B, K] fp32 at each answer's last token, 0 for an absent one. Each answer is encoded once."""
+    lengths = batch.lengths.flatten()
+    present = lengths > 0
+    if not bool(present.any()):  # a filler: ZeRO-3 needs its forward all the same
+        present = present.clone()
+        present[0] = True
+    width = max(1, int(lengths.max()))
+    values = model.forward(batch.tokens.flatten(0, 1)[present][:, :width])
+    last = (lengths[present] - 1).clamp(min=0)
+    rewards = values.new_zeros(lengths.shape)
+    rewards = rewards.masked_scatter(present, values.gather(1, last[:, None])[:, 0])
+    return rewards.view_as(batch.lengths)
+
+
+def reward(config: RewardConfig, report: Report) -> None:
+    """Train a reward model from the SFT model's backbone and a new value head; set its bias on the demonstrations."""
+    world = init_distributed()
+    tokenizer = tokenizer_of(config.data, config.policy.init)
+    encoder = encoder_of(config.data, tokenizer)
+    encoded = encoder.comparisons(read_sources(config.data.train))
+    report.say(f"data.train: {encoded.describe()}")
+    at_least(encoded.rows, 1, "data.train")
+    held_out = encoder.comparisons(read_sources(config.data.validation)).rows if config.data.validation else []
+    sampler = Sampler(len(encoded.rows), config.train.batch_size, config.run.seed)
+    steps = sampler.steps(config.train.epochs)
+    model = RewardModel.load(
+        config.policy.init,
+        world,
+        dtype=dtype_of(config.run, world),
+        micro_batch_size=config.train.micro_batch_size,
+        training=training_of(config.optimizer, schedule_of(config.train, steps)),
+        new_head=True,
+        seed=config.run.seed,
+        deepspeed_extra=config.deepspeed,
+    )
+
+    def validate() -> dict[str, float]:
+        return measure(model, held_out) if held_out else {}
+
+    report.start([f"model        {model.parameters_total:,} parameters"], steps)
+    batches = comparison_batches(encoded.rows, sampler, world)
+    fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every)
+    if config.data.demonstrations:
+        demonstrations = encoder.demonstrations(read_sources(config.data.demonstrations)).rows
+        at_least(demonstrations, 1, "data.demonstrations")
+        model.bias = mean_demonstration_reward(model, demonstrations)
+        report.say(f"reward bias {model.bias:+.4f}: the demonstrations' mean reward is now 0")
+    model.config.pad_token_id = tokenizer.pad_token_id  # other loaders' classification heads look for it
+    model.save_pretrained(f"{config.run.folder}/model", tokenizer)
+
+
+def comparison_batches(rows: list[Any], sampler: Sampler, world: World) -> Iterator[ComparisonBatch]:
+    """This rank's prompts of every global batch that the sampler draws."""
+    for draw in sampler:
+        yield collate_comparisons([rows[i] for i in draw.rows[world.rank :: world.size]])
+
+
+def measure(model: RewardModel, rows: list[Any]) -> dict[str, float]:
+    """Loss on held-out comparisons, and how often the preferred answer has the higher reward. Collective."""
+    sums = evaluate(model, reward_loss, rows, collate_comparisons)
+    return {
+        "loss/validation": float(sums["loss"]),
+        "reward/accuracy": float(sums["right"] / sums["pairs"].clamp(min=1)),
+    }
+
+
+def mean_demonstration_reward(model: RewardModel, rows: list[Demonstration]) -> float:
+    """Mean reward of whole demonstrations, the present bias added back. Collective."""
+    mine = [Comparison(row.prompt, [row.completion], [0.0]) for row in rows[model.world.share(len(rows))]]
+    rewards = model.map(lambda micro: answer_rewards(model, micro)[:, 0], collate_comparisons(mine or [None]))
+    sums = torch.tensor([float(rewards.double().sum()) if mine else 0.0, len(mine)], dtype=torch.float64)
+    total, count = model.world.sum(sums.to(model.world.device))
+    return float(total / count) + model.bias

@@ -1,0 +1,251 @@
+"""Config sections of the algorithm, and the typed config of each command. No torch here.
+
+Numbers are InstructGPT's (arXiv 2203.02155, appendix C) where it gives them; "C.4" below is its section.
+Paths are relative to the directory that the command is started in.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from gearshift.engine.settings import DeepSpeedConfig, Dtype, OptimizerSettings, RolloutSettings, Section, Sources
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if str(value).lower() in ("fp16", "float16", "half"):
+        raise PydanticCustomError("fp16", "fp16 is not supported (no loss scaling): use bf16 or fp32")
+    return value
+
+
+class RunSettings(Section):
+    """Where a run writes, and on what."""
+
+    folder: str = Field(description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, model/")
+    seed: int = Field(0, ge=0, description="Seed of data order, initial weights and sampling")
+    ranks: int | None = Field(None, ge=1, description="Processes; null: one per GPU, or 2 without GPUs")
+    dtype: Annotated[Dtype | None, BeforeValidator(_refuse_fp16)] = Field(
+        None, description="Weights and activations: bf16 or fp32; null: bf16 on GPUs, fp32 on CPU"
+    )
+
+
+class PolicySettings(Section):
+    """The model that is trained."""
+
+    init: str = Field(description='Hugging Face folder or hub name to start from; "config": new weights')
+    config: dict[str, Any] | None = Field(
+        None, description="init: config only: model_type and the fields of its transformers config"
+    )
+
+
+class CriticSettings(Section):
+    """The value function of PPO."""
+
+    init: str = Field("reward", description='"reward": a copy of the reward model, head and bias included; or a folder')
+    learning_rate: float = Field(9e-6, gt=0, description="Peak rate per optimizer step (InstructGPT C.4)")
+
+
+class ReferenceSettings(Section):
+    """The model that the KL penalty holds the policy to."""
+
+    init: str = Field("policy", description='"policy": the policy as it starts; or a Hugging Face folder')
+
+
+class FixedReferenceSettings(Section):
+    """The model that a comparison measures KL against."""
+
+    init: str = Field(description="Hugging Face folder or hub name, such as the SFT model")
+
+
+class RewardSettings(Section):
+    """The trained reward model."""
+
+    init: str = Field(description="Hugging Face sequence-classification folder")
+
+
+class DataSettings(Section):
+    """Where rows come from, what their fields are called, and how text becomes tokens."""
+
+    train: Sources = Field([], description="Sources: .jsonl, .jsonl.gz, .parquet, .txt or a hub name")
+    validation: Sources = Field([], description="Sources that are never trained on; [] : no validation")
+    tokenizer: str | None = Field(
+        None, description='Folder or hub name; null: that of policy.init; "train": a new one (policy.init: config)'
+    )
+    tokenizer_text: Sources = Field([], description="tokenizer: train: sources it is trained on; [] : data.train")
+    vocab_size: int | None = Field(None, ge=16, description="tokenizer: train: its size, tokens")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Longer prompts are filtered out and counted, never cut; tokens (InstructGPT C: 1k)"
+    )
+    max_tokens: int = Field(
+        2048, ge=2, description="Longest training sequence, prompt and completion; tokens (InstructGPT C: 2k)"
+    )
+    prompt_template: str = Field("{prompt}", description="Text of a prompt; {prompt} stands for the row's own")
+    chat_template: bool = Field(False, description="Wrap prompts in the tokenizer's chat template")
+    prompt_key: str = Field("prompt", description="Row field of the prompt")
+    completion_key: str = Field("completion", description="Row field of a demonstration's completion")
+    messages_key: str = Field("messages", description="Row field of a conversation (list of role and content)")
+    chosen_key: str = Field("chosen", description="Row field of the better completion of a pair")
+    rejected_key: str = Field("rejected", description="Row field of the worse completion of a pair")
+    context_key: str = Field("context", description="Row field of the prompt of a ranked row")
+    completions_key: str = Field("completions", description="Row field of K ranked completions (text and rank each)")
+    text_key: str = Field("text", description="Row field of pretraining text")
+
+
+class RewardDataSettings(DataSettings):
+    """Rows of comparisons, and the demonstrations that fix the reward's zero."""
+
+    demonstrations: Sources = Field(
+        [], description="Sources of demonstrations whose mean reward the bias makes 0 (InstructGPT 3.5); [] : bias 0"
+    )
+
+
+class TrainSettings(Section):
+    """Epochs, batches and the rate's schedule of a supervised stage."""
+
+    epochs: int = Field(
+        1, ge=1, description="Passes over the training rows (InstructGPT: SFT 16, before PPO 2, reward 1)"
+    )
+    batch_size: int = Field(
+        32, ge=1, description="Sequences (reward: prompts) per optimizer step, all ranks together (InstructGPT C.1)"
+    )
+    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward and backward; changes memory only")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")
+    final_fraction: float = Field(
+        0.1, ge=0, le=1, description="cosine: last rate as a part of the peak (InstructGPT C.1)"
+    )
+    validate_every: int = Field(0, ge=0, description="Optimizer steps between validations; 0: only at the end")
+    pretraining_fraction: float = Field(
+        0.0, ge=0, lt=1, description="SFT: part of the rows that is pretraining text (InstructGPT C.3: 0.1 before PPO)"
+    )
+    pretraining: Sources = Field([], description="SFT: sources of that text")
+
+
+class KlSettings(Section):
+    """The KL penalty in the reward, per token."""
+
+    coef: float = Field(0.02, ge=0, description="Penalty per nat (InstructGPT C.4); the first one when target is set")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Of the KL from sampled tokens; k1 is the log-ratio")
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="KL per response that an adaptive coef aims at, nats (Ziegler et al. 2.2); null: fixed coef",
+    )
+    horizon: int = Field(10_000, ge=1, description="target: episodes over which coef adapts (Ziegler et al.: 10000)")
+
+
+class PpoSettings(Section):
+    """InstructGPT C.4, from the batch sizes to the clips."""
+
+    episodes: int = Field(256_000, ge=1, description="Prompts answered in the whole run, all ranks together (C.4)")
+    batch_size: int = Field(512, ge=1, description="Episodes per iteration, all ranks together (C.4)")
+    minibatches: int = Field(8, ge=1, description="Optimizer steps that one pass over an iteration is cut into (C.4)")
+    epochs: int = Field(1, ge=1, description="Passes over each iteration's episodes (C.4)")
+    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward; changes memory only")
+    clip: float = Field(0.2, gt=0, description="Bound on the probability ratio, 1 +- clip (C.4)")
+    value_clip: float = Field(0.2, gt=0, description="Bound on a value's move from the rollout's, reward units (C.4)")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token (C.4: none)")
+    lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation (Stiennon et al.)")
+    whiten: bool = Field(True, description="Advantages: mean 0, deviation 1 over the iteration's response tokens")
+    warmup_iterations: int = Field(10, ge=0, description="Iterations in which rates ramp up from a tenth (C.4)")
+    kl: KlSettings = Field(KlSettings(), description="Penalty for leaving the reference")
+    validate_every: int = Field(0, ge=0, description="Iterations between validations; 0: only at the end")
+    samples_every: int = Field(10, ge=0, description="Iterations between rows of samples.jsonl; 0: none")
+
+    @property
+    def iterations(self) -> int:
+        """Rounds of rollout and update."""
+        return self.episodes // self.batch_size
+
+    @property
+    def minibatch_size(self) -> int:
+        """Episodes per optimizer step, all ranks together."""
+        return self.batch_size // self.minibatches
+
+
+class PtxSettings(Section):
+    """The pretraining loss that PPO-ptx mixes into each policy step."""
+
+    coef: float = Field(0.0, ge=0, description="Weight of the pretraining loss; 0: plain PPO (InstructGPT C.4: 27.8)")
+    data: Sources = Field([], description="Sources of pretraining text")
+    validation: Sources = Field([], description="Sources of held-out text; its loss is what PPO costs")
+    examples_per_episode: int = Field(8, ge=1, description="Pretraining sequences per episode of a minibatch (C.4)")
+    max_tokens: int = Field(2048, ge=2, description="Length of a pretraining sequence, tokens")
+
+
+class TrackingSettings(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    trackers: list[str] = Field(["tensorboard"], description="tensorboard, wandb, mlflow ... (accelerate's names)")
+    samples: int = Field(8, ge=0, description="Rows written to samples.jsonl each time")
+
+
+class SystemSettings(Section):
+    """One model of a comparison."""
+
+    init: str = Field(description="Hugging Face folder or hub name")
+    prefix: str = Field("", description="Text put before every prompt (a few-shot prefix)")
+
+
+class CompareSettings(Section):
+    """How systems are compared."""
+
+    prompts: int | None = Field(None, ge=1, description="Prompts answered, the first of data.validation; null: all")
+    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one scoring forward; changes memory only")
+    true_score: str | None = Field(
+        None, description='Checker with known answers, "module:function" of (row, response) -> float; null: none'
+    )
+
+
+class Config(Section):
+    """What every command has."""
+
+    run: RunSettings
+    data: DataSettings
+    deepspeed: DeepSpeedConfig = Field(default_factory=dict)
+
+
+class PretrainConfig(Config):
+    """A base model (and tokenizer) from text."""
+
+    policy: PolicySettings
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+class SftConfig(PretrainConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+
+class RewardConfig(PretrainConfig):
+    """A reward model from ranked completions; policy.init is the SFT model whose backbone it starts from."""
+
+    data: RewardDataSettings
+
+
+class PpoConfig(Config):
+    """PPO, and PPO-ptx with ptx.coef above 0."""
+
+    policy: PolicySettings
+    reward: RewardSettings
+    critic: CriticSettings = CriticSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    ppo: PpoSettings = PpoSettings()
+    ptx: PtxSettings = PtxSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+class CompareConfig(Config):
+    """Systems side by side on the same prompts: score, KL, length, loss on pretraining text."""
+
+    systems: dict[str, SystemSettings] = Field(min_length=1, description="Name -> the model it stands for")
+    reference: FixedReferenceSettings
+    reward: RewardSettings
+    rollout: RolloutSettings = RolloutSettings()
+    ptx: PtxSettings = PtxSettings()
+    compare: CompareSettings = CompareSettings()

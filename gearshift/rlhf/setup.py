@@ -1,0 +1,92 @@
+"""From config sections to what the stages work with: ranks, tokenizers, rows, models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gearshift.engine import Training, World
+from gearshift.engine.settings import OptimizerSettings
+from gearshift.errors import UserError
+from gearshift.rlhf.data.encoding import Block, Encoder
+from gearshift.rlhf.data.formats import Keys
+from gearshift.rlhf.data.sources import read_sources
+from gearshift.rlhf.data.tokenizers import load_tokenizer
+from gearshift.rlhf.schedules import constant, cosine
+from gearshift.rlhf.settings import DataSettings, RunSettings, TrainSettings
+
+
+def dtype_of(run: RunSettings, world: World) -> torch.dtype:
+    """`run.dtype`; where it is not said, bf16 on a GPU and fp32 on a CPU (bf16 products are slower there)."""
+    name = run.dtype or ("fp32" if world.device.type == "cpu" else "bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def training_of(optimizer: OptimizerSettings, schedule: Callable[[int], float], rate: float | None = None) -> Training:
+    """How a model's weights move; `rate` in place of the section's."""
+    return Training(
+        learning_rate=optimizer.learning_rate if rate is None else rate,
+        optimizer=optimizer.name,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        schedule=schedule,
+    )
+
+
+def schedule_of(train: TrainSettings, steps: int) -> Callable[[int], float]:
+    if train.schedule == "cosine":
+        return cosine(steps, train.warmup_steps, train.final_fraction)
+    return constant(train.warmup_steps)
+
+
+def encoder_of(data: DataSettings, tokenizer: Any, max_tokens: int | None = None) -> Encoder:
+    """`max_tokens` in place of the section's (pretraining text has its own)."""
+    return Encoder(
+        tokenizer,
+        keys=Keys(
+            prompt=data.prompt_key,
+            completion=data.completion_key,
+            messages=data.messages_key,
+            chosen=data.chosen_key,
+            rejected=data.rejected_key,
+            context=data.context_key,
+            completions=data.completions_key,
+            text=data.text_key,
+        ),
+        prompt_template=data.prompt_template,
+        chat_template=data.chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=max_tokens or data.max_tokens,
+    )
+
+
+def tokenizer_of(data: DataSettings, init: str) -> Any:
+    """The tokenizer that `data.tokenizer` names, else that of the model that the run starts from."""
+    return load_tokenizer(data.tokenizer or init)
+
+
+def text_blocks(sources: list[str], encoder: Encoder) -> list[Block]:
+    """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks."""
+    return encoder.blocks(read_sources(sources)).rows if sources else []
+
+
+def stop_tokens(tokenizer: Any, init: str) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's EOS, and what the model's generation config adds (chat models)."""
+    from transformers import GenerationConfig
+
+    ids = {int(tokenizer.eos_token_id)}
+    if (Path(init) / "generation_config.json").exists():
+        more = GenerationConfig.from_pretrained(init).eos_token_id
+        ids.update([more] if isinstance(more, int) else more or [])
+    return tuple(sorted(ids))
+
+
+def at_least(rows: list[Any], count: int, what: str) -> None:
+    """Raises UserError when a data set is too small for one batch."""
+    if len(rows) < count:
+        raise UserError(f"{what}: {len(rows)} usable rows are left, at least {count} are needed")

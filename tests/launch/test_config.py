@@ -1,0 +1,255 @@
+"""A config is right, or one line says what is wrong, where, and what would be right."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gearshift.errors import UserError
+from gearshift.launch.config import CONFIGS, fields, help_text, load, save
+
+from .conftest import example, model_folder, write
+
+
+def changed(values: dict[str, Any], setting: str, value: Any) -> dict[str, Any]:
+    """The config with one setting put in; `...` takes it out."""
+    *sections, name = setting.split(".")
+    inner = values
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    if value is ...:
+        del inner[name]
+    return values
+
+
+def error_of(command: str, values: dict[str, Any], ranks: int = 2, overrides: tuple[tuple[str, str], ...] = ()) -> str:
+    with pytest.raises(UserError) as caught:
+        load(command, write(values), overrides, ranks=ranks)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_the_examples_are_right(here: Path, command: str) -> None:
+    config = load(command, write(example(command)), ranks=2)
+    assert type(config) is CONFIGS[command]
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_a_saved_config_is_the_same_config(here: Path, command: str) -> None:
+    config = load(command, write(example(command)))
+    save(config, "saved.yaml")
+    assert load(command, "saved.yaml") == config
+
+
+def test_defaults_are_those_of_the_paper(here: Path) -> None:
+    values = changed(example("ppo"), "ppo", None)
+    config = load("ppo", write(values))
+    assert (config.ppo.episodes, config.ppo.batch_size, config.ppo.minibatches) == (256_000, 512, 8)  # type: ignore
+    assert (config.ppo.iterations, config.ppo.minibatch_size) == (500, 64)  # type: ignore[attr-defined]
+    assert config.ppo.kl.coef == 0.02  # type: ignore[attr-defined]
+    assert config.optimizer.betas == (0.9, 0.95)  # type: ignore[attr-defined]
+
+
+def test_a_number_with_an_exponent_is_a_number(here: Path) -> None:
+    Path("config.yaml").write_text(Path(write(example("ppo"))).read_text() + "optimizer: {learning_rate: 1e-5}\n")
+    assert load("ppo", "config.yaml").optimizer.learning_rate == 1e-5  # type: ignore[attr-defined]
+
+
+def test_one_source_is_a_list_of_one(here: Path) -> None:
+    assert load("pretrain", write(example("pretrain"))).data.train == ["text.txt"]
+
+
+# (setting, value, what the line must say after "config.yaml:LINE: ")
+WRONG = [
+    ("ppo.batch_siz", 64, "ppo.batch_siz: unknown setting; did you mean ppo.batch_size?"),
+    ("pp0", {}, "pp0: unknown setting; did you mean ppo?"),
+    ("tp_size", 2, "tp_size: unknown setting; did you mean rollout.tp_size?"),
+    ("ppo.zebra", 1, "ppo.zebra: unknown setting; the settings of ppo are episodes, batch_size"),
+    ("ppo.batch_size", "many", "ppo.batch_size: should be a valid integer, not 'many'"),
+    ("ppo.batch_size", "64", "ppo.batch_size: should be a valid integer, not '64'"),
+    ("ppo.batch_size", True, "ppo.batch_size: should be a valid integer, not True"),
+    ("ppo.clip", -1, "ppo.clip: should be greater than 0, not -1"),
+    ("ppo.kl.estimator", "k4", "ppo.kl.estimator: should be 'k1', 'k2' or 'k3', not 'k4'"),
+    ("ppo", 5, "ppo: should be a section (key: value pairs), not 5"),
+    ("run.dtype", "fp16", "run.dtype: fp16 is not supported (no loss scaling): use bf16 or fp32, not 'fp16'"),
+    ("run.folder", ..., "run.folder: missing: Run folder"),
+    ("reward", ..., "reward: missing: a section"),
+    ("deepspeed.train_batch_size", 8, "deepspeed.train_batch_size: this key is Gearshift's: set ppo.batch_size or"),
+    ("deepspeed.zero_optimization.stage", 2, "deepspeed.zero_optimization.stage: this key is Gearshift's"),
+    ("deepspeed.fp16", {"enabled": True}, "deepspeed.fp16: this key is Gearshift's: fp16 is not supported"),
+    ("run.ranks", 4, "run.ranks: 4, but the launcher starts 2 processes: leave run.ranks out"),
+    ("rollout.tp_size", 3, "rollout.tp_size: 3 does not divide the 2 ranks (run.ranks): use 1 or 2"),
+    ("ppo.batch_size", 63, "ppo.batch_size: 63 does not divide by the 2 ranks (run.ranks): use 56 or 64"),
+    ("ppo.batch_size", 62, "ppo.batch_size: 62 does not divide by ppo.minibatches = 4: use 56 or 64"),
+    (
+        "ppo.minibatches",
+        64,
+        "ppo.minibatches: 64 makes minibatches of 1 episodes (of ppo.batch_size = 64), which do not divide by the "
+        "2 ranks (run.ranks): use 1, 2, 4, 8, 16 or 32",
+    ),
+    ("ppo.episodes", 650, "ppo.episodes: 650 does not divide by ppo.batch_size = 64: use 640 or 704"),
+    ("ptx.coef", 27.8, "ptx.data: needed with ptx.coef above 0"),
+    ("ptx.data", "nowhere.txt", "ptx.data: there is no file nowhere.txt"),
+    ("data.train", "nowhere.jsonl", "data.train: there is no file nowhere.jsonl"),
+    ("data.train", "empty.jsonl", "data.train: empty.jsonl is empty"),
+    ("data.train", "sft", "data.train: sft is a folder: name its files"),
+    ("data.train", "sft/config.json", "data.train: sft/config.json is none of .jsonl, .jsonl.gz, .parquet, .txt"),
+    ("data.train", [], "data.train: missing: sources"),
+    ("data.vocab_size", 100, "data.vocab_size: only with data.tokenizer: train"),
+    ("data.tokenizer", "train", "data.tokenizer: train is for gearshift pretrain"),
+    ("data.tokenizer", "bare", "data.tokenizer: bare has no tokenizer (tokenizer.json)"),
+    ("policy.init", "nowhere", "policy.init: there is no model folder nowhere"),
+    ("policy.init", "sft/model", "policy.init: there is no model folder sft/model"),
+    ("policy.init", "finished", "policy.init: finished has no config.json: did you mean finished/model?"),
+    ("policy.init", "reward", "policy.init: reward is a LlamaForSequenceClassification, which cannot write text"),
+    ("policy.init", "config", "policy.config: needed with policy.init: config"),
+    (
+        "policy.config",
+        {"model_type": "llama"},
+        "policy.config: only with policy.init: config, not with policy.init: sft",
+    ),
+    ("policy.init", "short", "rollout.max_new_tokens: 1024, with data.max_prompt_tokens = 1024, is more than the 512"),
+    (
+        "policy.init",
+        "three-heads",
+        "rollout.tp_size: 2 does not divide the 3 attention heads (3 for keys) of three-heads",
+    ),
+    (
+        "policy.init",
+        "odd-keys",
+        "rollout.tp_size: 2 does not divide the 6 attention heads (3 for keys) of odd-keys: use 1",
+    ),
+    ("reward.init", "sft", "reward.init: sft is a LlamaForCausalLM, not a reward model"),
+    (
+        "reward.init",
+        "foreign",
+        "critic.init: the tokenizer of the reward model foreign is not that of sft, so it cannot start the critic",
+    ),
+    ("critic.init", "foreign", "critic.init: the tokenizer of foreign is not that of sft"),
+    ("reference.init", "foreign-lm", "reference.init: its tokenizer is not that of sft"),
+    ("tracking.trackers", ["wand"], "tracking.trackers: wand is unknown: use some of tensorboard, wandb"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "says"), WRONG, ids=[f"{s}={v}"[:40] for s, v, _ in WRONG])
+def test_what_is_wrong_with_ppo(here: Path, setting: str, value: Any, says: str) -> None:
+    Path("empty.jsonl").touch()
+    Path("bare").mkdir()
+    model_folder(here / "finished" / "model")
+    model_folder(here / "short", max_position_embeddings=512)
+    model_folder(here / "three-heads", num_attention_heads=3)
+    model_folder(here / "odd-keys", num_attention_heads=6, num_key_value_heads=3)
+    model_folder(here / "foreign", {"a": 0, "c": 1}, architectures=["LlamaForSequenceClassification"])
+    model_folder(here / "foreign-lm", {"a": 0, "c": 1})
+    text = error_of("ppo", changed(example("ppo"), setting, value))
+    where, message = text.split(": ", 1)
+    assert message.startswith(says)
+    assert where.startswith("config.yaml")
+
+
+# (command, setting, value, what the line must say)
+WRONG_ELSEWHERE = [
+    ("sft", "train.batch_size", 7, "train.batch_size: 7 does not divide by the 2 ranks (run.ranks): use 6 or 8"),
+    ("sft", "train.batch_size", 1, "train.batch_size: 1 does not divide by the 2 ranks (run.ranks): use 2"),
+    ("sft", "train.pretraining_fraction", 0.1, "train.pretraining: needed with train.pretraining_fraction above 0"),
+    ("sft", "train.pretraining", "text.txt", "train.pretraining_fraction: 0, so train.pretraining would not be read"),
+    ("reward", "train.pretraining_fraction", 0.1, "train.pretraining_fraction: only gearshift sft"),
+    ("reward", "data.demonstrations", "none.jsonl", "data.demonstrations: there is no file none.jsonl"),
+    ("sft", "data.demonstrations", "none.jsonl", "data.demonstrations: unknown setting"),
+    ("pretrain", "data.vocab_size", ..., "data.vocab_size: needed with data.tokenizer: train"),
+    ("pretrain", "data.tokenizer", ..., "data.tokenizer: needed with policy.init: config"),
+    ("pretrain", "policy.config.model_type", ..., "policy.config.model_type: missing"),
+    ("pretrain", "policy.config.max_position_embeddings", 64, "data.max_tokens: 2048 is more than the model's 64"),
+    ("compare", "systems", {}, "systems: Dictionary should have at least 1 item"),
+    ("compare", "systems.ppo", {"init": "nowhere"}, "systems.ppo.init: there is no model folder nowhere"),
+    ("compare", "systems.ppo", {"int": "sft"}, "systems.ppo.int: unknown setting"),
+    ("compare", "data.validation", [], "data.validation: missing: sources"),
+]
+
+
+@pytest.mark.parametrize(("command", "setting", "value", "says"), WRONG_ELSEWHERE)
+def test_what_is_wrong_with_the_others(here: Path, command: str, setting: str, value: Any, says: str) -> None:
+    text = error_of(command, changed(example(command), setting, value))
+    assert text.split(": ", 1)[1].startswith(says)
+
+
+def test_file_and_line_are_named(here: Path) -> None:
+    Path("a.yaml").write_text("run:\n  folder: runs/a\nppo:\n  epochs: 1\n  clip: no\n")
+    with pytest.raises(UserError, match=r"^a\.yaml:5: ppo\.clip: should be a valid number, not False$"):
+        load("ppo", "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run: [", "bad.yaml:2: not YAML"),
+        ("- run", "bad.yaml: should hold sections"),
+        ("run:\n  seed: 1\n  seed: 2\n", "bad.yaml:3: run.seed: set twice, first in line 2"),
+    ],
+)
+def test_a_file_that_is_no_config(here: Path, text: str, says: str) -> None:
+    Path("bad.yaml").write_text(text + "\n")
+    with pytest.raises(UserError) as caught:
+        load("ppo", "bad.yaml")
+    assert str(caught.value).startswith(says)
+    with pytest.raises(UserError, match=r"none\.yaml: there is no such config file"):
+        load("ppo", "none.yaml")
+
+
+def test_overrides_win_and_are_yaml(here: Path) -> None:
+    overrides = [
+        ("ppo.kl.coef", "0.05"),
+        ("optimizer.learning_rate", "3e-6"),
+        ("ptx.data", "[text.txt]"),
+        ("run.dtype", "null"),
+        ("deepspeed.zero_optimization.offload_optimizer.device", "cpu"),
+        ("data.prompt_template", "{prompt}: why?"),
+    ]
+    config: Any = load("ppo", write(example("ppo")), overrides, ranks=2)
+    assert (config.ppo.kl.coef, config.ppo.batch_size) == (0.05, 64)
+    assert config.optimizer.learning_rate == 3e-6
+    assert config.ptx.data == ["text.txt"]
+    assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert config.data.prompt_template == "{prompt}: why?"
+
+
+def test_a_wrong_override_is_blamed_on_the_command_line(here: Path) -> None:
+    text = error_of("ppo", example("ppo"), overrides=(("ppo.clip", "wide"),))
+    assert text == "command line: ppo.clip: should be a valid number, not 'wide'"
+    text = error_of("ppo", example("ppo"), overrides=(("run.folder.name", "x"),))
+    assert text == "command line: run.folder.name: folder is a single value, it has no fields"
+
+
+def test_owner_slash_name_is_left_to_the_hub_unless_the_owner_is_a_folder_here(here: Path) -> None:
+    load("ppo", write(changed(example("ppo"), "policy.init", "EleutherAI/pythia-70m")), ranks=2)
+    load("ppo", write(changed(example("ppo"), "data.train", "openai/gsm8k/main:train[:10%]")), ranks=2)
+    Path("runs").mkdir()
+    error_of("ppo", changed(example("ppo"), "policy.init", "runs/sft"))
+
+
+def test_what_must_simply_pass(here: Path) -> None:
+    with gzip.open("more.jsonl.gz", "wt") as file:
+        file.write("{}\n")
+    load("sft", write(changed(example("sft"), "data.train", ["prompts.jsonl", "more.jsonl.gz"])), ranks=2)
+    # A reward model with another tokenizer is fine as long as the critic starts elsewhere.
+    model_folder(here / "foreign", {"a": 0}, architectures=["LlamaForSequenceClassification"])
+    values = changed(changed(example("ppo"), "reward.init", "foreign"), "critic.init", "reward")
+    error_of("ppo", values)
+    load("ppo", write(changed(values, "critic.init", "sft")), ranks=2)
+    # Fewer key heads than ranks are repeated.
+    model_folder(here / "one-key", num_attention_heads=4, num_key_value_heads=1)
+    load("ppo", write(changed(example("ppo"), "policy.init", "one-key")), ranks=2)
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_help_has_every_field_with_default_and_description(command: str) -> None:
+    text = help_text(command)
+    for name, _, default, description in fields(CONFIGS[command]):
+        assert f"  --{name} " in text
+        assert description, name
+        assert f"({'default ' + default if default else 'required'})\n      {description}" in text
