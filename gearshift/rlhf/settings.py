@@ -91,6 +91,11 @@ class DataSettings(Section):
     context_key: str = Field("context", description="Row field of the prompt of a ranked row")
     completions_key: str = Field("completions", description="Row field of K ranked completions (text and rank each)")
     text_key: str = Field("text", description="Row field of pretraining text")
+    inputs_key: str = Field("inputs", description="Row field of the prompt in FLAN and P3 format")
+    targets_key: str = Field("targets", description="Row field of the completion in FLAN and P3 format")
+    turn: str = Field(
+        "\n\nAssistant:", description="What opens the assistant's turn where chosen and rejected hold the prompt"
+    )
 
 
 class RewardDataSettings(DataSettings):
