@@ -5,10 +5,20 @@ BIN := $(VENV)/bin
 # Named in the install command itself, so that nothing newer (and much larger) is ever chosen first.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test install format clean
+.PHONY: demo gsm8k test install format clean
 
 demo: install
 	$(BIN)/gearshift demo
+
+# Every stage on real text: make gsm8k DATA=folder (configs/gsm8k-cpu/README.md says what is in it).
+gsm8k: install
+	$(BIN)/python configs/gsm8k-cpu/prepare.py "$(DATA)" runs/gsm8k/data
+	$(BIN)/gearshift pretrain configs/gsm8k-cpu/pretrain.yaml
+	$(BIN)/gearshift sft configs/gsm8k-cpu/sft.yaml
+	$(BIN)/gearshift reward configs/gsm8k-cpu/reward.yaml
+	$(BIN)/gearshift ppo configs/gsm8k-cpu/ppo-ptx.yaml
+	$(BIN)/gearshift compare configs/gsm8k-cpu/compare.yaml
+	$(BIN)/gearshift report runs/gsm8k
 
 test: install
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 Three ways, in turn, `--repeats` times; medians, and the ratio pair by pair:
   zero3      `transformers` generate on the DeepSpeed ZeRO-3 engine, every rank its own prompts (weights gathered layer
              by layer for every token)
-  gathered   the same with all weights gathered once for the whole generation, the way DeepSpeed-Chat and TRL work
+  gathered   all weights gathered once into a plain copy on every rank, then `transformers` generate with it: the way
+             of DeepSpeed-Chat and TRL, without the cost of their hooks
   gearshift  `HybridEngine.rollout()`: the shift, then tensor-parallel generation; the shift is in the time
 
 All sample at temperature 1 without an EOS, so that every way makes the same number of tokens.
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gearshift.engine import HybridEngine, Prompts, Sampling, Training, World, init_distributed
 
@@ -45,9 +47,10 @@ def main() -> None:
     world = init_distributed()
     policy = build(options, world)
     prompts = make_prompts(options, world)
+    copy = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype).to(world.device).eval()
     ways: dict[str, Callable[[], None]] = {
         "zero3": lambda: zero3(policy, prompts, options.new_tokens),
-        "gathered": lambda: gathered(policy, prompts, options.new_tokens),
+        "gathered": lambda: gathered(policy, copy, prompts, options.new_tokens),
         "gearshift": lambda: gearshift(policy, prompts, options),
     }
     seconds = measure(ways, options.repeats, world)
@@ -56,8 +59,6 @@ def main() -> None:
 
 
 def build(options: argparse.Namespace, world: World) -> HybridEngine:
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model(
         "llama",
         vocab_size=options.vocabulary,
@@ -89,22 +90,26 @@ def make_prompts(options: argparse.Namespace, world: World) -> Prompts:
 
 
 @torch.no_grad()
-def zero3(policy: HybridEngine, prompts: Prompts, new_tokens: int) -> None:
-    module = policy.engine.module
-    module.eval()
+def transformers_generate(module: Any, prompts: Prompts, new_tokens: int) -> None:
     out = module.generate(
         prompts.tokens, do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0
     )
     assert out.shape[1] == prompts.tokens.shape[1] + new_tokens
+
+
+def zero3(policy: HybridEngine, prompts: Prompts, new_tokens: int) -> None:
+    module = policy.engine.module.eval()
+    transformers_generate(module, prompts, new_tokens)
     module.train()
 
 
 @torch.no_grad()
-def gathered(policy: HybridEngine, prompts: Prompts, new_tokens: int) -> None:
+def gathered(policy: HybridEngine, copy: Any, prompts: Prompts, new_tokens: int) -> None:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(policy.module.parameters())):
-        zero3(policy, prompts, new_tokens)
+        copy.load_state_dict(policy.module.state_dict())
+    transformers_generate(copy, prompts, new_tokens)
 
 
 def gearshift(policy: HybridEngine, prompts: Prompts, options: argparse.Namespace) -> None:
@@ -133,7 +138,9 @@ def measure(ways: dict[str, Callable[[], None]], repeats: int, world: World) -> 
 def report(options: argparse.Namespace, world: World, policy: HybridEngine, seconds: dict[str, list[float]]) -> None:
     tokens = options.prompts * options.new_tokens
     result: dict[str, Any] = {
-        "device": platform.processor() or platform.machine() if world.device.type == "cpu" else torch.cuda.get_device_name(),
+        "device": platform.processor() or platform.machine()
+        if world.device.type == "cpu"
+        else torch.cuda.get_device_name(),
         "ranks": world.size,
         "parameters": policy.parameters_total,
         "options": {k: str(v) for k, v in vars(options).items() if k != "local_rank"},

@@ -50,14 +50,9 @@ def _train(config: PretrainConfig, ranks: int, steps: int | None) -> list[str]:
     per_rank = train.batch_size // ranks
     total = f", {steps} in total" if steps is not None else ""
     text = f" (about {train.pretraining_fraction:.0%} pretraining text)" if train.pretraining_fraction else ""
-    # The micro-batches of a reward step depend on how many completions its prompts have.
-    micro = (
-        f", rows of at most {train.micro_batch_size} completions"
-        if row == "prompt"
-        else f" in {_micro(per_rank, train.micro_batch_size)}"
-    )
+    micro = _micro(per_rank, train.micro_batch_size, row if row == "prompt" else "row")
     return [
-        f"step         {_n(train.batch_size, row)}{text}, {per_rank} per rank on {_n(ranks, 'rank')}{micro}",
+        f"step         {_n(train.batch_size, row)}{text}, {per_rank} per rank on {_n(ranks, 'rank')} in {micro}",
         f"optimizer    one step per batch, {_n(train.epochs, 'epoch')}{total}",
     ]
 
@@ -68,8 +63,8 @@ def _rollouts(tp_size: int, ranks: int, rows: int | None = None) -> str:
     return f"rollouts     {_n(groups, 'group')} of {_n(tp_size, 'rank')} (tensor parallel){share}"
 
 
-def _micro(rows: int, size: int) -> str:
-    return f"{_n(ceil(rows / size), 'micro-batch')} of at most {_n(size, 'row')}"
+def _micro(rows: int, size: int, row: str = "row") -> str:
+    return f"{_n(ceil(rows / size), 'micro-batch')} of at most {_n(size, row)}"
 
 
 def _n(count: int, what: str) -> str:

@@ -115,7 +115,9 @@ class TrainSettings(Section):
     batch_size: int = Field(
         32, ge=1, description="Sequences (reward: prompts) per optimizer step, all ranks together (InstructGPT C.1)"
     )
-    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward and backward; changes memory only")
+    micro_batch_size: int = Field(
+        8, ge=1, description="Rows (reward: prompts) per rank in one forward and backward; changes memory only"
+    )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")
     final_fraction: float = Field(

@@ -223,3 +223,21 @@ def unknown_head(world: World, folder: str) -> str:
 def test_a_head_that_does_more_is_refused(two_ranks: WorkerGroup, tmp_path: Path) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
     assert all("differ from the model's own logits" in m for m in two_ranks.run(unknown_head, folder))
+
+
+def one_rank_without_targets(world: World, folder: str) -> dict[str, torch.Tensor]:
+    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
+    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=4, training=training)
+    batch = token_batch().select(slice(0, 8))
+    if world.rank == 1:
+        batch = TokenBatch(batch.tokens, torch.full_like(batch.targets, -100))
+    model.accumulate(language_loss, batch)
+    return {n: _gradient(p) for n, p in model.module.named_parameters()}
+
+
+def test_a_rank_without_targets_takes_part(one_rank: WorkerGroup, two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    """Its gradient is zero, not missing: ZeRO-3's collectives would wait for it for ever."""
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    alone = one_rank.run(one_rank_without_targets, folder)[0]
+    found = two_ranks.run(one_rank_without_targets, folder)[0]
+    assert distance(found, alone) <= 1e-5

@@ -51,6 +51,6 @@ def test_training_stages(here: Path) -> None:
         "optimizer    one step per batch, 2 epochs, 100 in total",
     ]
     assert lines("reward", 4, train={"batch_size": 64}) == [
-        "step         64 prompts, 16 per rank on 4 ranks, rows of at most 8 completions",
+        "step         64 prompts, 16 per rank on 4 ranks in 2 micro-batches of at most 8 prompts",
         "optimizer    one step per batch, 1 epoch",
     ]
