@@ -1,8 +1,29 @@
-"""For every test: small thread pools, no network. Set before torch is imported anywhere."""
+"""For every test: small thread pools, no network (set before torch is imported anywhere), and groups of real ranks."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.worker_group import WorkerGroup
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[WorkerGroup]:
+    """A world of one gloo rank for each test file that asks for it."""
+    group = WorkerGroup(1)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[WorkerGroup]:
+    """A world of two gloo ranks for each test file that asks for it."""
+    group = WorkerGroup(2)
+    yield group
+    group.stop()

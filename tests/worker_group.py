@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -53,10 +54,12 @@ class WorkerGroup:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            # Not daemonic: a rank may start processes of its own (a compiler).
+            process = context.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
+        atexit.register(self.stop)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """Results in rank order; the first rank's failure is raised with its stack trace."""

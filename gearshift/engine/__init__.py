@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gearshift.engine.batches import Episodes, Prompts, Rollouts, Rows, TokenBatch
+    from gearshift.engine.causal import CausalModel
     from gearshift.engine.distributed import World, init_distributed
     from gearshift.engine.hybrid import HybridEngine
+    from gearshift.engine.reward_model import RewardModel
     from gearshift.engine.sampling import Sampling
-    from gearshift.engine.zero import CausalModel, RewardModel, Training
+    from gearshift.engine.zero import Training
 
 _HOME = {
     "Episodes": "batches",
@@ -23,8 +25,8 @@ _HOME = {
     "init_distributed": "distributed",
     "HybridEngine": "hybrid",
     "Sampling": "sampling",
-    "CausalModel": "zero",
-    "RewardModel": "zero",
+    "CausalModel": "causal",
+    "RewardModel": "reward_model",
     "Training": "zero",
 }
 

@@ -110,6 +110,9 @@ def build_shared_memory_ops() -> bool:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # The environment's own ninja, also when the environment is not activated: another version of ninja would find
+    # every build of this one out of date.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/gearshift/torch_extensions")))
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".gearshift.lock").open("w") as lock:

@@ -24,7 +24,8 @@ def gather_rows(batch: R, group: dist.ProcessGroup | None) -> tuple[R, list[int]
         return batch, [len(batch)]
     fields = [f.name for f in dataclasses.fields(batch)]
     tensors = [getattr(batch, name) for name in fields]
-    shape = torch.tensor([len(batch)] + [t[0].numel() if len(t) else 0 for t in tensors], device=tensors[0].device)
+    widths_here = [t.shape[1] if t.dim() == 2 else 1 for t in tensors]
+    shape = torch.tensor([len(batch), *widths_here], device=tensors[0].device)
     shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shapes, shape, group=group)
     counts = [int(s[0]) for s in shapes]

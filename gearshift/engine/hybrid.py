@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from gearshift.engine.causal import CausalModel
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.generator import Generator
 from gearshift.engine.replica import Replica
 from gearshift.engine.reshard import ReshardPlan
 from gearshift.engine.shift import Shift, zero_shards
-from gearshift.engine.zero import CausalModel
 
 
 class HybridEngine(CausalModel):

@@ -8,7 +8,7 @@ No device ever holds the whole model; rank 0's host holds one module beside its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from gearshift.engine.distributed import World
 from gearshift.errors import UserError
 
+# Computed, not learned, and once saved all the same by older versions of `transformers`.
+_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+
 
 def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device and real buffers (`inv_freq` and the like are computed)."""
@@ -27,6 +30,11 @@ def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         model = auto_class.from_config(config, dtype=dtype)
     model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            # Padding is masked by lengths here. Torch would keep the row of the pad token from learning (a pad equal
+            # to EOS is a token like any other) and look for it in a slice of the vocabulary that lacks it.
+            module.padding_idx = None
     return model
 
 
@@ -66,6 +74,14 @@ class SafetensorsFolder:
                 raise UserError(
                     f"{self.folder}: {path} has shape {shape}, the model's config says {list(parameter.shape)}"
                 )
+        known = set(model.state_dict(keep_vars=True)) | {name for name, _ in model.named_buffers()}
+        heads = ("lm_head.", "score.", "embed_out.") if allowed else ()  # the head of what the backbone is taken from
+        left = [name for name in self._file_of if name not in known and not name.startswith(heads)]
+        left = [name for name in left if not name.endswith(_BUFFERS)]
+        if left:
+            raise UserError(
+                f"{self.folder}: {left[0]} has no place in a {type(model).__name__} ({len(left)} such weights)"
+            )
 
     def _names(self, model: Any) -> dict[str, tuple[str, str]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -124,6 +140,8 @@ def materialise(
     torch.manual_seed(seed)
     converted: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(world.device)  # DeepSpeed places parameters, not these
         own = _make_real(module, converted)
         if not own:
             continue
@@ -177,3 +195,59 @@ def _partition(own: dict[str, nn.Parameter], offload: dict[str, Any]) -> None:
         pin_memory=bool(offload.get("pin_memory", False)),
         dtype=next(iter(own.values())).dtype,
     )
+
+
+def load_module(
+    auto_class: Any,
+    init: str,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    config: Any = None,
+    may_be_missing: Callable[[nn.Module], list[str]] = lambda module: [],
+    seed: int = 0,
+    deepspeed_extra: dict[str, Any] | None = None,
+) -> Any:
+    """A ZeRO-3-cut `transformers` module from a folder or hub name, or (with `init` "config") from nothing.
+
+    Collective. Dropout is off in every model; `module.dropout_rates` are the config's own, for saving.
+    Raises UserError for missing, misshapen or unknown weights.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = None
+    with world.main_first():
+        folder = None if init == "config" else resolve_folder(init, world)
+    if config is None:
+        config = AutoConfig.from_pretrained(str(folder))
+    rates = dropout_rates(config)
+    for name in rates:
+        setattr(config, name, 0.0)
+    module = build_on_meta(auto_class, config, dtype)
+    module.dropout_rates = rates
+    if folder is not None and (folder / "generation_config.json").exists():
+        module.generation_config = GenerationConfig.from_pretrained(str(folder))
+    offload = (deepspeed_extra or {}).get("zero_optimization", {}).get("offload_param")
+    materialise(module, world, folder=folder, may_be_missing=may_be_missing(module), seed=seed, offload=offload)
+    return module
+
+
+def resolve_folder(init: str, world: World) -> Path:
+    """A local folder as it is, a hub name downloaded once per host. Raises UserError when neither is there."""
+    if Path(init).is_dir():
+        return Path(init)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(init, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:
+        raise UserError(f"{init}: neither a folder nor a model that the hub gives ({error})") from error
+
+
+def dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout fields of a `transformers` config, each with its rate."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "dropout_prob" in name)
+    }

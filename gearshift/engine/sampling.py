@@ -38,6 +38,9 @@ class HeadShard:
     transform: LogitTransform
 
 
+# Rows of a bf16 head that are widened at a time on CPU.
+_CHUNK_ROWS = 8192
+
 # splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014), on int64 that wraps around.
 _INCREMENT = -7046029254386353131
 _MIX_1 = -4658895280553007687
@@ -45,12 +48,13 @@ _MIX_2 = -7723592293110705685
 
 
 def uniforms(seed: int, draws: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-    """One number in (0, 1) for each row: fp32 with 24 bits, from a hash of the four int64 indices."""
+    """One number in (0, 1) for each row: fp32, the middle of one of 2^23 equal parts, from a hash of the indices."""
     state = torch.full_like(draws, seed)
     for index in (draws, samples, positions):
         state = _splitmix(state + _INCREMENT + index * _MIX_1)
-    top = (state >> 40) & 0xFFFFFF
-    return (top.double() + 0.5).mul_(2.0**-24).float()
+    # 23 bits and a half are exact in fp32: with one more the largest would round to 1.
+    top = (state >> 41) & 0x7FFFFF
+    return (top.float() + 0.5) * 2.0**-23
 
 
 def _splitmix(x: Tensor) -> Tensor:
@@ -61,12 +65,25 @@ def _splitmix(x: Tensor) -> Tensor:
 
 def logits_of(hidden: Tensor, head: HeadShard) -> Tensor:
     """hidden [n, H] -> this rank's logits [n, V_r] fp32."""
-    logits = few_rows_linear(hidden, head.weight, head.bias).float()
+    # In fp32, as in training: rounding the logits to bf16 alone would move log-probs by 0.1 at logits of 30.
+    if hidden.dtype == torch.float32:
+        logits = few_rows_linear(hidden, head.weight, head.bias)
+    else:
+        logits = _fp32_product(hidden, head.weight)
+        logits = logits if head.bias is None else logits + head.bias.float()
     if head.transform.scale != 1.0:
         logits = logits * head.transform.scale
     if head.transform.softcap is not None:
         logits = torch.tanh(logits / head.transform.softcap) * head.transform.softcap
     return logits
+
+
+def _fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`h W^T` of bf16 operands, summed and kept in fp32."""
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    chunks = weight.split(_CHUNK_ROWS)
+    return torch.cat([hidden.float() @ chunk.float().t() for chunk in chunks], -1)
 
 
 def sample_tokens(
@@ -77,7 +94,8 @@ def sample_tokens(
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
     top, best = logits.max(-1)
-    weights = torch.exp(logits - top[:, None])
+    # A rank may have no possible token at all: its maximum is −inf, and it has no part in the sum.
+    weights = torch.exp(logits - top.clamp(min=torch.finfo(top.dtype).min)[:, None])
     stats = group.all_gather(torch.stack([top, weights.sum(-1)]))  # [t, 2, n]
     tops, sums = stats[:, 0], stats[:, 1]
     highest = tops.amax(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def save_pretrained(
                 writer.add(key, value)
     if writer is not None:
         writer.close()
-        model.config.save_pretrained(aside)
+        _config_to_save(model).save_pretrained(aside)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(aside)
         if tokenizer is not None:
@@ -59,6 +60,15 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         with deepspeed.zero.GatheredParameters([parameter]):
             tensor = parameter.detach().to("cpu", copy=True)
         yield name, tensor
+
+
+def _config_to_save(model: Any) -> Any:
+    """The model's config with the class that its weights belong to, and the dropout rates that it came with."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    for name, rate in getattr(model, "dropout_rates", {}).items():
+        setattr(config, name, rate)
+    return config
 
 
 def _names_on_disk(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:

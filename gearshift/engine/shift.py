@@ -96,8 +96,3 @@ def _bytes(tensor: Tensor) -> Tensor:
 def zero_shards(module: Any) -> dict[str, Tensor]:
     """Each parameter's own flat ZeRO-3 shard on this rank, after a step the authoritative copy (views, no copies)."""
     return {name: parameter.ds_tensor for name, parameter in module.named_parameters()}
-
-
-def zero_shapes(module: Any) -> dict[str, tuple[int, ...]]:
-    """Each parameter's whole shape."""
-    return {name: tuple(parameter.ds_shape) for name, parameter in module.named_parameters()}

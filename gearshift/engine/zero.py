@@ -7,18 +7,17 @@ and over accumulation steps; that averaging is undone in one place, `ZeroModel.a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gearshift.engine.batches import Rollouts, Rows, join_responses
+from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
-from gearshift.engine.heads import bind_logprob_head, bind_value_head, check_head, value_head_of
-from gearshift.engine.loading import build_on_meta, materialise
 from gearshift.engine.saving import save_pretrained
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
@@ -54,6 +53,7 @@ def zero3_config(world: World, dtype: torch.dtype, training: Training | None, ex
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": training.max_grad_norm if training else 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
@@ -80,17 +80,10 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
     )
 
 
-def _without_dropout(config: Any) -> None:
-    """Set every dropout rate of a `transformers` config to 0, so that two forwards of the same tokens agree."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "dropout_prob" in name):
-            setattr(config, name, 0.0)
-
-
 class ZeroModel:
     """A `transformers` model whose weights, gradients and optimizer state are cut over all ranks (ZeRO-3).
 
-    Built by the class methods of `CausalModel` and `RewardModel`. Without `training` it is frozen.
+    See `CausalModel` and `RewardModel`. Without `training` it is frozen.
     """
 
     def __init__(
@@ -155,7 +148,11 @@ class ZeroModel:
             self.engine.backward(result.loss * (weight * self.world.size * real))
             for name, value in {"loss": result.loss, **result.metrics}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double() * real
-        return self._summed(sums)
+        summed = self._summed(sums)
+        # The reduced loss is the same on every rank, so every rank stops, and before any weight has moved.
+        if not torch.isfinite(summed["loss"]):
+            raise UserError(f"step {self.steps + 1}: the loss is {float(summed['loss'])}; no weight was changed")
+        return summed
 
     @torch.no_grad()
     def evaluate(self, loss: LossFunction, batch: Rows) -> dict[str, Tensor]:
@@ -174,12 +171,18 @@ class ZeroModel:
             raise RuntimeError("this model is frozen: it was built without `training`")
         self.engine.step()
         self.steps += 1
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            # DeepSpeed looks for overflow in fp16 only: the weights are lost, so nothing may be saved from here on.
+            raise UserError(f"step {self.steps}: the gradient norm is {norm}; lower the learning rate")
+        return norm
 
     @torch.no_grad()
     def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
         """`function(micro_batch)` over all micro-batches of this rank's rows, joined, without gradients. Collective."""
-        parts = [function(micro) for micro, real in self._micro_batches(batch) if real]
+        # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
+        results = [(function(micro), real) for micro, real in self._micro_batches(batch)]
+        parts = [result for result, real in results if real]
         return torch.cat(parts) if parts else torch.empty(0, device=self.world.device)
 
     def save_pretrained(self, folder: Path | str, tokenizer: Any = None) -> None:
@@ -204,214 +207,3 @@ class ZeroModel:
         names = sorted(sums)
         packed = self.world.sum(torch.stack([sums[n].to(self.world.device) for n in names]))
         return {n: v.cpu() for n, v in zip(names, packed, strict=True)}
-
-
-def load_module(
-    auto_class: Any,
-    init: str,
-    world: World,
-    dtype: torch.dtype,
-    *,
-    config: Any = None,
-    may_be_missing: Callable[[nn.Module], list[str]] = lambda module: [],
-    seed: int = 0,
-    deepspeed_extra: dict[str, Any] | None = None,
-) -> nn.Module:
-    """A ZeRO-3-cut `transformers` module from a folder or hub name, or (with `init` "config") from nothing.
-
-    Collective. Dropout is off in every model. Raises UserError for missing or misshapen weights.
-    """
-    from transformers import AutoConfig
-
-    folder = None
-    with world.main_first():
-        folder = None if init == "config" else resolve_folder(init, world)
-    if config is None:
-        config = AutoConfig.from_pretrained(str(folder))
-    _without_dropout(config)
-    module = build_on_meta(auto_class, config, dtype)
-    offload = (deepspeed_extra or {}).get("zero_optimization", {}).get("offload_param")
-    materialise(module, world, folder=folder, may_be_missing=may_be_missing(module), seed=seed, offload=offload)
-    return module
-
-
-def resolve_folder(init: str, world: World) -> Path:
-    """A local folder as it is, a hub name downloaded once per host. Raises UserError when neither is there."""
-    if Path(init).is_dir():
-        return Path(init)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(init, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except Exception as error:
-        raise UserError(f"{init}: neither a folder nor a model that the hub gives ({error})") from error
-
-
-class CausalModel(ZeroModel):
-    """A causal LM: log-probs of given tokens, without the [tokens, vocabulary] logits."""
-
-    @classmethod
-    def load(
-        cls,
-        init: str,
-        world: World,
-        *,
-        dtype: torch.dtype,
-        micro_batch_size: int,
-        training: Training | None = None,
-        config: Any = None,
-        seed: int = 0,
-        deepspeed_extra: dict[str, Any] | None = None,
-        **more: Any,
-    ) -> Self:
-        """From a causal-LM folder or hub name, or from nothing with `init` "config" and a `transformers` config."""
-        from transformers import AutoModelForCausalLM
-
-        module = load_module(
-            AutoModelForCausalLM, init, world, dtype, config=config, seed=seed, deepspeed_extra=deepspeed_extra
-        )
-        bind_logprob_head(module)
-        model = cls(
-            module,
-            world,
-            training=training,
-            micro_batch_size=micro_batch_size,
-            deepspeed_extra=deepspeed_extra,
-            **more,
-        )
-        model.check_head(init)
-        return model
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """tokens, targets [B, S] -> log-probs [B, S] fp32 of the targets (0 where -100), entropy [B, S] or None."""
-        result = self.engine(tokens, targets=targets, temperature=temperature, entropy=entropy)
-        return result[0], result[1] if entropy else None
-
-    def response_logprobs(
-        self, rollouts: Rollouts, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [B, L] fp32 of the response tokens (0 where masked), and the entropy there; differentiable."""
-        tokens, positions = join_responses(rollouts)
-        # Masked tokens all point at position 0, where a real one may stand: writing them elsewhere keeps it.
-        targets = torch.full((len(tokens), tokens.shape[1] + 1), -100, dtype=torch.int64, device=tokens.device)
-        spot = torch.where(rollouts.mask, positions, tokens.shape[1])
-        targets.scatter_(1, spot, rollouts.responses)
-        logprobs, entropies = self.forward(tokens, targets[:, :-1], temperature, entropy)
-        keep = rollouts.mask
-
-        def at_responses(values: Tensor) -> Tensor:
-            return values.gather(1, positions) * keep
-
-        return at_responses(logprobs), None if entropies is None else at_responses(entropies)
-
-    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
-        """Log-probs [B, L] fp32 of this rank's responses, without gradients. Collective."""
-        return self.map(lambda micro: self.response_logprobs(micro, temperature)[0], rollouts)
-
-    @torch.no_grad()
-    def check_head(self, name: str) -> None:
-        """Hold the fused head against the model's own logits on a few tokens. Collective."""
-        vocabulary = self.config.get_text_config().vocab_size
-        tokens = torch.arange(1, 17, device=self.world.device).reshape(2, 8) * 7919 % vocabulary
-        targets = tokens.roll(-1, 1)
-        logits = self.engine(tokens, use_cache=False).logits
-        check_head(logits, self.forward(tokens, targets)[0], targets, name)
-
-
-class RewardModel(ZeroModel):
-    """A sequence-classification model with one output: values at every position, a score at a row's last token.
-
-    Used as the reward model (frozen, or trained on comparisons) and as the critic.
-    """
-
-    @classmethod
-    def load(
-        cls,
-        init: str,
-        world: World,
-        *,
-        dtype: torch.dtype,
-        micro_batch_size: int,
-        training: Training | None = None,
-        new_head: bool = False,
-        seed: int = 0,
-        deepspeed_extra: dict[str, Any] | None = None,
-    ) -> Self:
-        """From a sequence-classification folder; with `new_head` from a causal LM's backbone.
-
-        The new head's weights are drawn from N(0, 1/(H+1)) (Stiennon et al. 2009.01325, code).
-        """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        config = None
-        if new_head:
-            config = AutoConfig.from_pretrained(init, num_labels=1)
-            config.problem_type = "regression"
-            config.reward_bias = 0.0
-        module = load_module(
-            AutoModelForSequenceClassification,
-            init,
-            world,
-            dtype,
-            config=config,
-            may_be_missing=_value_head_names if new_head else lambda module: [],
-            seed=seed,
-            deepspeed_extra=deepspeed_extra,
-        )
-        if new_head:
-            _draw_value_head(module, world, seed)
-        bind_value_head(module)
-        return cls(module, world, training=training, micro_batch_size=micro_batch_size, deepspeed_extra=deepspeed_extra)
-
-    @property
-    def bias(self) -> float:
-        """Subtracted from every value, so that the demonstrations score 0 on average."""
-        return float(getattr(self.config, "reward_bias", 0.0))
-
-    @bias.setter
-    def bias(self, value: float) -> None:
-        self.config.reward_bias = float(value)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] -> values [B, S] fp32, the bias subtracted; differentiable."""
-        values: Tensor = self.engine(tokens)
-        return values
-
-    def response_values(self, rollouts: Rollouts) -> Tensor:
-        """Values [B, L] fp32, read at the position before each response token (0 where masked); differentiable."""
-        tokens, positions = join_responses(rollouts)
-        return self.forward(tokens).gather(1, positions) * rollouts.mask
-
-    def values(self, rollouts: Rollouts) -> Tensor:
-        """`response_values` of this rank's rows, without gradients. Collective."""
-        return self.map(self.response_values, rollouts)
-
-    def score(self, rollouts: Rollouts) -> Tensor:
-        """Scores [B] fp32, read at the last response token (at the prompt's last token for an empty response)."""
-
-        def last(micro: Rollouts) -> Tensor:
-            tokens, _ = join_responses(micro)
-            end = micro.lengths + micro.mask.sum(1) - 1
-            return self.forward(tokens).gather(1, end[:, None])[:, 0]
-
-        return self.map(last, rollouts)
-
-
-def _value_head_names(module: nn.Module) -> list[str]:
-    head = value_head_of(module)
-    return [name for name, p in module.named_parameters() if any(p is own for own in head.parameters())]
-
-
-def _draw_value_head(module: nn.Module, world: World, seed: int) -> None:
-    import deepspeed
-
-    head = value_head_of(module)
-    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0), torch.no_grad():
-        if world.is_main:
-            generator = torch.Generator().manual_seed(seed)
-            draw = torch.randn(head.weight.shape, generator=generator) * (head.in_features + 1) ** -0.5
-            head.weight.copy_(draw)
-            if head.bias is not None:
-                head.bias.zero_()

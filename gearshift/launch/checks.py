@@ -11,7 +11,16 @@ from typing import Any
 
 from gearshift.errors import UserError
 from gearshift.launch import folders
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from gearshift.rlhf.settings import (
+    CompareConfig,
+    Config,
+    DataSettings,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    TrainSettings,
+)
 
 # accelerate's name of a tracker -> the package that has to be installed for it.
 TRACKERS = {
@@ -53,7 +62,10 @@ def check(config: Config, ranks: int) -> None:
         raise SettingError(
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
-    if isinstance(config, PretrainConfig | PpoConfig):
+    if isinstance(config, CompareConfig):
+        _check_checker(config.compare.true_score)
+    else:
+        assert isinstance(config, PretrainConfig | PpoConfig)
         _check_tokenizer_settings(config)
         _check_trackers(config)
     _check_sources(config)
@@ -95,6 +107,21 @@ def _numbers(values: Iterator[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 
+def _check_checker(name: str | None) -> None:
+    """`module:function` can be found; the module itself is imported by the ranks only."""
+    if name is None:
+        return
+    module, _, function = name.partition(":")
+    try:
+        found = bool(function) and importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise SettingError(
+            "compare.true_score", f"{name} cannot be found: write module:function, the module on PYTHONPATH"
+        )
+
+
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
@@ -108,11 +135,27 @@ def _check_pretraining_mix(config: PretrainConfig) -> None:
         raise SettingError(
             "train.pretraining_fraction", "0, so train.pretraining would not be read: set 0.1 or remove the sources"
         )
+    _check_texts_in_batch(train)
+
+
+def _check_texts_in_batch(train: TrainSettings) -> None:
+    """A fraction that rounds to no sequence of text, or to nothing but text, is not what was asked for."""
+    texts = round(train.batch_size * train.pretraining_fraction)
+    if train.pretraining_fraction and not 0 < texts < train.batch_size:
+        raise SettingError(
+            "train.pretraining_fraction",
+            f"{train.pretraining_fraction} of train.batch_size = {train.batch_size} is {texts} sequences of text: "
+            f"use a fraction between {1 / train.batch_size:.2g} and {1 - 1 / train.batch_size:.2g}",
+        )
 
 
 def _check_tokenizer_settings(config: PretrainConfig | PpoConfig) -> None:
     policy, data = config.policy, config.data
     new_model = policy.init == "config"
+    if new_model and isinstance(config, PpoConfig | RewardConfig):
+        raise SettingError("policy.init", "config (new weights) is for gearshift pretrain: name a trained model")
+    if data.chat_template and data.prompt_template != DataSettings.model_fields["prompt_template"].default:
+        raise SettingError("data.prompt_template", "is not used with data.chat_template: true; leave out one of them")
     if new_model and not policy.config:
         raise SettingError("policy.config", "needed with policy.init: config (model_type: llama, hidden_size: ...)")
     if new_model and "model_type" not in (policy.config or {}):
@@ -221,7 +264,7 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
             f"use {fitting}"
         )  # fmt: skip
     positions = _number(model, "max_position_embeddings", "n_positions")
-    if positions and config.ptx.data and config.ptx.max_tokens > positions:
+    if positions and (config.ptx.data or config.ptx.validation) and config.ptx.max_tokens > positions:
         raise SettingError(
             "ptx.max_tokens", f"{config.ptx.max_tokens} is more than the {positions} positions of {init}"
         )
@@ -269,6 +312,10 @@ def _check_companions(config: PpoConfig) -> None:
             "critic.init",
             f"the tokenizer of {of} is not that of {policy}, so it cannot start the critic: "
             "set critic.init to a folder with the policy's tokenizer",
+        )
+    if folders.same_vocabulary(policy, config.reward.init) is False:
+        raise SettingError(
+            "reward.init", f"its tokenizer is not that of {policy}, which is not supported yet: use one with the same"
         )
     if reference != "policy" and folders.same_vocabulary(policy, reference) is False:
         raise SettingError(

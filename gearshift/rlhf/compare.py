@@ -20,11 +20,19 @@ from gearshift.engine.exchange import gather_rows
 from gearshift.errors import UserError
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
-from gearshift.rlhf.data.sources import Record, read_sources
+from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import CompareConfig, SystemSettings
-from gearshift.rlhf.setup import at_least, dtype_of, encoder_of, stop_tokens, text_blocks, tokenizer_of
+from gearshift.rlhf.setup import (
+    at_least,
+    dtype_of,
+    encoder_of,
+    require_same_tokens,
+    stop_tokens,
+    text_blocks,
+    tokenizer_of,
+)
 from gearshift.rlhf.supervised import evaluate
 
 Checker = Callable[[dict[str, Any], str], float]
@@ -41,24 +49,29 @@ class _Scored(Rollouts):
 def compare(config: CompareConfig, report: Report) -> None:
     """Answers, scores, KL to the reference, loss on text and (with a checker) the true score of each system.
 
+    Every system answers the same prompts; a system's prefix is seen by that system alone, not by its judges.
     Writes `systems.json` and `answers.jsonl` in the run folder.
     """
     world = init_distributed()
     checker = load_checker(config.compare.true_score)
-    records = read_sources(config.data.validation)[: config.compare.prompts]
+    first = next(iter(config.systems.values()))
+    tokenizer = tokenizer_of(config.data, first.init)
+    for field, init in [("reward.init", config.reward.init), ("reference.init", config.reference.init)]:
+        require_same_tokens(tokenizer, init, field)
+    encoder = encoder_of(config.data, tokenizer)
+    encoded = encoder.prompts(read_sources(config.data.validation)[: config.compare.prompts])
+    report.say(f"data.validation: {encoded.describe()}")
+    at_least(encoded.rows, world.size, "data.validation")
     judges = _Judges(config, world)
-    rows: list[dict[str, Any]] = []
+    every: list[dict[str, Any]] = []
     systems: dict[str, dict[str, float]] = {}
     report.start([], len(config.systems))
     for number, (name, system) in enumerate(config.systems.items(), 1):
-        answers, text_loss = _answer(config, world, system, records, judges)
-        for answer in answers:
-            answer["system"] = name
-            if checker is not None:
-                answer["true_score"] = float(checker(answer["row"], answer["response"]))
-            answer |= {key: value for key, value in answer.pop("row").items() if key == "kind"}
-        rows += answers
-        systems[name] = summary(answers, text_loss)
+        require_same_tokens(tokenizer, system.init, f"systems.{name}.init")
+        answers, text_loss = _answer(config, world, system, encoded.rows, encoder, judges)
+        rows = [{"system": name, **_judged(a, encoded.rows[a["id"]], checker)} for a in answers]
+        every += rows
+        systems[name] = summary(rows, text_loss)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in systems[name].items())
         report.say(f"{name:<12} {shown}")
         report.log(number, {f"{name}/{key}": value for key, value in systems[name].items()})
@@ -66,7 +79,23 @@ def compare(config: CompareConfig, report: Report) -> None:
         folder = Path(config.run.folder)
         (folder / "systems.json").write_text(json.dumps(systems, indent=1), encoding="utf-8")
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in every)
+
+
+def _judged(answer: dict[str, Any], prompt: PromptRow, checker: Checker | None) -> dict[str, Any]:
+    """The answer with its prompt's text and kind, and its true score."""
+    answer = {"prompt": prompt.text, **answer}
+    if "kind" in prompt.extra:
+        answer["kind"] = prompt.extra["kind"]
+    if checker is not None:
+        try:
+            answer["true_score"] = float(checker(prompt.extra, answer["response"]))
+        except KeyError as error:
+            there = ", ".join(prompt.extra)
+            raise UserError(
+                f"{prompt.origin}: compare.true_score needs the field {error}; the row has {there}"
+            ) from error
+    return answer
 
 
 def load_checker(name: str | None) -> Checker | None:
@@ -76,7 +105,7 @@ def load_checker(name: str | None) -> Checker | None:
     module, _, function = name.partition(":")
     try:
         checker: Checker = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"compare.true_score: {name}: {error}; write it as module:function") from error
     return checker
 
@@ -112,13 +141,14 @@ class _Judges:
 
 
 def _answer(
-    config: CompareConfig, world: World, system: SystemSettings, records: list[Record], judges: _Judges
+    config: CompareConfig,
+    world: World,
+    system: SystemSettings,
+    prompts: list[PromptRow],
+    encoder: Encoder,
+    judges: _Judges,
 ) -> tuple[list[dict[str, Any]], float | None]:
     """One system's answers (the same list on every rank), and its loss on held-out text. Collective."""
-    tokenizer = tokenizer_of(config.data, system.init)
-    encoder = encoder_of(config.data, tokenizer)
-    prompts = encoder.prompts([_with_prefix(record, config, system) for record in records]).rows
-    at_least(prompts, world.size, "data.validation")
     policy = HybridEngine.load(
         system.init,
         world,
@@ -130,48 +160,44 @@ def _answer(
         deepspeed_extra=config.deepspeed,
     )
     sampling = Sampling(
-        config.rollout.max_new_tokens, stop_tokens(tokenizer, system.init), config.rollout.temperature, config.run.seed
+        config.rollout.max_new_tokens,
+        stop_tokens(encoder.tokenizer, policy.module),
+        config.rollout.temperature,
+        config.run.seed,
     )
+    mine = prompts[world.share(len(prompts))]
     with policy.rollout() as generator:
-        rollouts = generator.generate(collate_prompts(prompts[world.share(len(prompts))]), sampling)
+        seen = [encoder.with_prefix(prompt, system.prefix) for prompt in mine]
+        rollouts = generator.generate(collate_prompts(seen), sampling)
+    plain = collate_prompts(mine).to(world.device)
+    rollouts = dataclasses.replace(rollouts, tokens=plain.tokens, lengths=plain.lengths)
     scores = judges.reward_model.score(rollouts)
     ref_logprobs = judges.reference.logprobs(rollouts, sampling.temperature)
     kl = ((rollouts.logprobs - ref_logprobs) * rollouts.mask).sum(1)
-    answers = _rows(rollouts, scores, kl, prompts, tokenizer, world)
-    text_loss = _text_loss(config, policy, encoder, tokenizer)
+    answers = _rows(rollouts, scores, kl, encoder, world)
+    text_loss = _text_loss(config, policy, encoder)
     del policy
     gc.collect()
     return answers, text_loss
 
 
-def _with_prefix(record: Record, config: CompareConfig, system: SystemSettings) -> Record:
-    key = config.data.prompt_key
-    if not system.prefix or key not in record.fields:
-        return record
-    return Record({**record.fields, key: system.prefix + str(record.fields[key])}, record.origin)
-
-
-def _text_loss(config: CompareConfig, policy: CausalModel, encoder: Encoder, tokenizer: Any) -> float | None:
-    blocks = text_blocks(config.ptx.validation, encoder_of(config.data, tokenizer, config.ptx.max_tokens))
+def _text_loss(config: CompareConfig, policy: CausalModel, encoder: Encoder) -> float | None:
+    blocks = text_blocks(config.ptx.validation, encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens))
     return float(evaluate(policy, language_loss, blocks, collate_text)["loss"]) if blocks else None
 
 
-def _rows(
-    rollouts: Rollouts, scores: Tensor, kl: Tensor, prompts: list[PromptRow], tokenizer: Any, world: World
-) -> list[dict[str, Any]]:
-    """All ranks' answers as plain rows. Collective."""
+def _rows(rollouts: Rollouts, scores: Tensor, kl: Tensor, encoder: Encoder, world: World) -> list[dict[str, Any]]:
+    """All ranks' answers as plain rows; `id` is the prompt's place in the kept rows. Collective."""
     fields = {f.name: getattr(rollouts, f.name) for f in dataclasses.fields(rollouts)}
     every, _ = gather_rows(_Scored(**fields, scores=scores, kl=kl), dist.group.WORLD if world.size > 1 else None)
     return [
         {
             "id": int(every.ids[b]),
-            "prompt": prompts[int(every.ids[b])].text,
-            "response": tokenizer.decode(every.responses[b][every.mask[b]].tolist(), skip_special_tokens=True),
+            "response": encoder.tokenizer.decode(every.responses[b][every.mask[b]].tolist(), skip_special_tokens=True),
             "score": float(every.scores[b]),
             "kl": float(every.kl[b]),
             "length": int(every.mask[b].sum()),
             "finished": bool(every.finished[b]),
-            "row": prompts[int(every.ids[b])].extra,
         }
         for b in range(len(every))
     ]

@@ -21,4 +21,5 @@ class KlController:
         if self._settings.target is None:
             return
         error = min(0.2, max(-0.2, kl / self._settings.target - 1.0))
-        self.coef *= 1.0 + error * episodes / self._settings.horizon
+        # A horizon shorter than a fifth of an iteration must not turn the penalty into a reward.
+        self.coef *= max(0.0, 1.0 + error * episodes / self._settings.horizon)

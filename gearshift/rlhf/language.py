@@ -66,7 +66,11 @@ def sft(config: SftConfig, report: Report) -> None:
     encoded = encoder.demonstrations(read_sources(config.data.train))
     report.say(f"data.train: {encoded.describe()}")
     at_least(encoded.rows, 1, "data.train")
-    held_out = encoder.demonstrations(read_sources(config.data.validation)).rows if config.data.validation else []
+    held_out: list[Any] = []
+    if config.data.validation:
+        encoded_validation = encoder.demonstrations(read_sources(config.data.validation))
+        report.say(f"data.validation: {encoded_validation.describe()}")
+        held_out = encoded_validation.rows
     batches, steps = _mixed_batches(config, encoded.rows, encoder, world)
     _train(config, report, world, tokenizer, steps, batches, held_out)
 

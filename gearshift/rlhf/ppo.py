@@ -25,7 +25,7 @@ from gearshift.engine import (
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
-from gearshift.rlhf.data.encoding import PromptRow
+from gearshift.rlhf.data.encoding import Encoder, PromptRow
 from gearshift.rlhf.data.sampling import Sampler, rank_part
 from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
@@ -38,6 +38,7 @@ from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    require_same_tokens,
     stop_tokens,
     text_blocks,
     tokenizer_of,
@@ -65,7 +66,10 @@ class Ppo:
         self.reference, self.reward_model = models.reference, models.reward_model
         self.kl = KlController(config.ppo.kl)
         self.sampling = Sampling(
-            config.rollout.max_new_tokens, data.stop_tokens, config.rollout.temperature, config.run.seed
+            config.rollout.max_new_tokens,
+            stop_tokens(data.tokenizer, self.policy.module),
+            config.rollout.temperature,
+            config.run.seed,
         )
 
     def iteration(self, number: int) -> dict[str, float]:
@@ -78,10 +82,10 @@ class Ppo:
             scores = self.reward_model.score(rollouts)
             ref_logprobs = self.reference.logprobs(rollouts, self.sampling.temperature)
             values = self.critic.values(rollouts)
-            gap = self.logprob_gap(rollouts)
             episodes = build_episodes(rollouts, scores, ref_logprobs, values, self.config.ppo, self.kl.coef, self.world)
+            self.check_finite(episodes, number)
+            gap = self.logprob_gap(rollouts)
         metrics = episode_metrics(episodes, self.kl.coef)
-        self.check_finite(episodes, number)
         metrics |= {
             "rollout/logprob_gap": gap,
             "optimizer/learning_rate": self.policy.learning_rate,
@@ -117,14 +121,17 @@ class Ppo:
         )
 
     def logprob_gap(self, rollouts: Rollouts) -> float:
-        """Largest |rollout − training forward| log-prob over the first micro-batch of every rank, nats. Collective.
+        """|rollout − training forward| log-prob over the first micro-batch of every rank, nats. Collective.
 
-        Raises UserError past `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
+        The largest in fp32, where the two differ by rounding alone; the mean in bf16. Raises UserError past
+        `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
         """
         some = rollouts.select(slice(0, self.policy.micro_batch_size))
         trained = self.policy.logprobs(some, self.sampling.temperature)
-        gap = self.world.max(float(((trained - some.logprobs) * some.mask).abs().max()))
-        limit = self.config.rollout.gap_limit("fp32" if self.policy.dtype == torch.float32 else "bf16")
+        gaps = (trained - some.logprobs).abs()[some.mask]
+        exact = self.policy.dtype == torch.float32
+        gap = self.world.max(float(gaps.max() if exact else gaps.mean()))
+        limit = self.config.rollout.gap_limit("fp32" if exact else "bf16")
         if not gap <= limit:
             raise UserError(
                 f"rollout.logprob_gap_limit: rollout and training log-probs differ by {gap:.3g} nats, limit {limit:.3g}"
@@ -182,10 +189,10 @@ class Ppo:
             found["loss/pretraining_heldout"] = float(sums["loss"])
         rows = self.data.held_out_prompts
         if rows:
-            mine = collate_prompts(rows[self.world.share(len(rows))] or rows[:1])
+            own = rows[self.world.share(len(rows))]
             with self.policy.rollout() as generator:
-                answers = generator.generate(mine, self.sampling)
-            scores = self.reward_model.score(answers)
+                answers = generator.generate(collate_prompts(own or rows[:1]), self.sampling)
+            scores = self.reward_model.score(answers)[: len(own)]  # a rank without a prompt only took part
             total = self.world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
             found["validation/scores"] = float(total[0] / total[1])
         return found
@@ -227,7 +234,6 @@ class PpoData:
     pretraining: Iterator[TokenBatch]
     held_out_prompts: list[PromptRow]
     held_out_text: list[Any]
-    stop_tokens: tuple[int, ...]
     tokenizer: Any
 
     def decode(self, tokens: Tensor) -> str:
@@ -237,20 +243,28 @@ class PpoData:
     @classmethod
     def load(cls, config: PpoConfig, world: World, report: Report) -> PpoData:
         tokenizer = tokenizer_of(config.data, config.policy.init)
+        require_same_tokens(tokenizer, config.reward.init, "reward.init")
+        if config.critic.init != "reward":
+            require_same_tokens(tokenizer, config.critic.init, "critic.init")
+        if config.reference.init != "policy":
+            require_same_tokens(tokenizer, config.reference.init, "reference.init")
         encoder = encoder_of(config.data, tokenizer)
         encoded = encoder.prompts(read_sources(config.data.train))
         report.say(f"data.train: {encoded.describe()}")
         at_least(encoded.rows, 1, "data.train")
-        held_out = encoder.prompts(read_sources(config.data.validation)).rows if config.data.validation else []
+        held_out: list[PromptRow] = []
+        if config.data.validation:
+            encoded_validation = encoder.prompts(read_sources(config.data.validation))
+            report.say(f"data.validation: {encoded_validation.describe()}")
+            held_out = encoded_validation.rows
         text_encoder = encoder_of(config.data, tokenizer, config.ptx.max_tokens)
         return cls(
             prompts=prompt_batches(
                 encoded.rows, Sampler(len(encoded.rows), config.ppo.batch_size, config.run.seed), world
             ),
-            pretraining=_pretraining(config, text_blocks(config.ptx.data, text_encoder), world),
+            pretraining=_pretraining(config, text_encoder, world),
             held_out_prompts=held_out,
             held_out_text=text_blocks(config.ptx.validation, text_encoder),
-            stop_tokens=stop_tokens(tokenizer, config.policy.init),
             tokenizer=tokenizer,
         )
 
@@ -262,10 +276,11 @@ def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World) -> Ite
         yield collate_prompts(mine, rank_part(draw.draws, world.rank, world.size))
 
 
-def _pretraining(config: PpoConfig, blocks: list[Any], world: World) -> Iterator[TokenBatch]:
+def _pretraining(config: PpoConfig, encoder: Encoder, world: World) -> Iterator[TokenBatch]:
     """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch."""
     if config.ptx.coef == 0:
         return iter(())
+    blocks = text_blocks(config.ptx.data, encoder)
     at_least(blocks, 1, "ptx.data")
     per_step = config.ppo.minibatch_size * config.ptx.examples_per_episode
     return text_batches(blocks, Sampler(len(blocks), per_step, config.run.seed + 1), world)

@@ -67,7 +67,11 @@ def reward(config: RewardConfig, report: Report) -> None:
     encoded = encoder.comparisons(read_sources(config.data.train))
     report.say(f"data.train: {encoded.describe()}")
     at_least(encoded.rows, 1, "data.train")
-    held_out = encoder.comparisons(read_sources(config.data.validation)).rows if config.data.validation else []
+    held_out: list[Comparison] = []
+    if config.data.validation:
+        encoded_validation = encoder.comparisons(read_sources(config.data.validation))
+        report.say(f"data.validation: {encoded_validation.describe()}")
+        held_out = encoded_validation.rows
     sampler = Sampler(len(encoded.rows), config.train.batch_size, config.run.seed)
     steps = sampler.steps(config.train.epochs)
     model = RewardModel.load(
@@ -88,9 +92,10 @@ def reward(config: RewardConfig, report: Report) -> None:
     batches = comparison_batches(encoded.rows, sampler, world)
     fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every)
     if config.data.demonstrations:
-        demonstrations = encoder.demonstrations(read_sources(config.data.demonstrations)).rows
-        at_least(demonstrations, 1, "data.demonstrations")
-        model.bias = mean_demonstration_reward(model, demonstrations)
+        demonstrations = encoder.demonstrations(read_sources(config.data.demonstrations))
+        report.say(f"data.demonstrations: {demonstrations.describe()}")
+        at_least(demonstrations.rows, 1, "data.demonstrations")
+        model.bias = mean_demonstration_reward(model, demonstrations.rows)
         report.say(f"reward bias {model.bias:+.4f}: the demonstrations' mean reward is now 0")
     model.config.pad_token_id = tokenizer.pad_token_id  # other loaders' classification heads look for it
     model.save_pretrained(f"{config.run.folder}/model", tokenizer)

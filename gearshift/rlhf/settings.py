@@ -24,7 +24,7 @@ class RunSettings(Section):
     """Where a run writes, and on what."""
 
     folder: str = Field(description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, model/")
-    seed: int = Field(0, ge=0, description="Seed of data order, initial weights and sampling")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of data order, initial weights and sampling")
     ranks: int | None = Field(None, ge=1, description="Processes; null: one per GPU, or 2 without GPUs")
     dtype: Annotated[Dtype | None, BeforeValidator(_refuse_fp16)] = Field(
         None, description="Weights and activations: bf16 or fp32; null: bf16 on GPUs, fp32 on CPU"

@@ -73,20 +73,24 @@ def tokenizer_of(data: DataSettings, init: str) -> Any:
     return load_tokenizer(data.tokenizer or init)
 
 
+def require_same_tokens(tokenizer: Any, init: str, field: str) -> None:
+    """Raises UserError when the model at `init` reads other token ids; a folder without one is taken at its word."""
+    folder = Path(init)
+    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+        return
+    if load_tokenizer(init).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{field}: the tokenizer of {init} is not the policy's, so it would read other tokens")
+
+
 def text_blocks(sources: list[str], encoder: Encoder) -> list[Block]:
     """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks."""
     return encoder.blocks(read_sources(sources)).rows if sources else []
 
 
-def stop_tokens(tokenizer: Any, init: str) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS, and what the model's generation config adds (chat models)."""
-    from transformers import GenerationConfig
-
-    ids = {int(tokenizer.eos_token_id)}
-    if (Path(init) / "generation_config.json").exists():
-        more = GenerationConfig.from_pretrained(init).eos_token_id
-        ids.update([more] if isinstance(more, int) else more or [])
-    return tuple(sorted(ids))
+    more = module.generation_config.eos_token_id
+    return tuple(sorted({int(tokenizer.eos_token_id), *([more] if isinstance(more, int) else more or [])}))
 
 
 def at_least(rows: list[Any], count: int, what: str) -> None:

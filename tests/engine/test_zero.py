@@ -241,3 +241,83 @@ def test_a_rank_without_targets_takes_part(one_rank: WorkerGroup, two_ranks: Wor
     alone = one_rank.run(one_rank_without_targets, folder)[0]
     found = two_ranks.run(one_rank_without_targets, folder)[0]
     assert distance(found, alone) <= 1e-5
+
+
+def nan_loss(model: CausalModel, micro: TokenBatch, count: torch.Tensor) -> Loss:
+    loss = language_loss(model, micro, count).loss
+    return Loss(loss * torch.nan if model.world.rank == 1 else loss, {})
+
+
+def stopped_before_damage(world: World, folder: str) -> tuple[str, bool]:
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=8, training=Training(learning_rate=0.1)
+    )
+    before = dict(gathered_parameters(model.module))
+    try:
+        model.accumulate(nan_loss, token_batch().select(world.share(ROWS)))
+        told = "went on"
+    except UserError as error:
+        told = str(error)
+    after = dict(gathered_parameters(model.module))
+    return told, all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    for told, unchanged in two_ranks.run(stopped_before_damage, folder):
+        assert "step 1: the loss is nan; no weight was changed" in told
+        assert unchanged
+
+
+def offloaded_step(world: World, folder: str) -> dict[str, torch.Tensor]:
+    extra = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
+    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=8, training=training, deepspeed_extra=extra
+    )
+    model.accumulate(language_loss, token_batch().select(world.share(ROWS)))
+    model.step()
+    return dict(gathered_parameters(model.module))
+
+
+def test_offloading_changes_no_weight(one_rank: WorkerGroup, two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    reference = one_rank.run(one_sgd_step, folder, "language", ROWS, torch.float32, ROWS)[0]
+    assert distance(two_ranks.run(offloaded_step, folder)[0], reference["weights"]) <= 1e-5
+
+
+def eos_row_gradient(world: World, folder: str) -> float:
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=16, training=Training(learning_rate=0.1)
+    )
+    batch = token_batch()
+    batch.tokens[:, 0] = 2
+    model.accumulate(language_loss, batch.select(world.share(ROWS)))
+    gradient = {n: _gradient(p) for n, p in model.module.named_parameters()}["model.embed_tokens.weight"]
+    return float(gradient[2].abs().sum())
+
+
+def test_a_pad_token_equal_to_eos_still_learns(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama", pad_token_id=2))
+    assert min(two_ranks.run(eos_row_gradient, folder)) > 0
+
+
+def test_what_the_folder_says_beside_its_weights_is_kept(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    """Dropout rates (off while Gearshift trains) and the tokens that end a response."""
+    import json
+
+    folder = save_tiny("llama", tmp_path / "llama", attention_dropout=0.25)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    two_ranks.run(load_and_save, str(folder), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["attention_dropout"] == 0.25
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2, 7]
+
+
+def test_weights_without_a_place_are_refused(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny("llama", tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.lora_A.weight"] = torch.ones(2, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert all("lora_A.weight has no place" in m for m in two_ranks.run(refused, str(folder)))

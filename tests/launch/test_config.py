@@ -107,7 +107,7 @@ WRONG = [
     ("policy.init", "sft/model", "policy.init: there is no model folder sft/model"),
     ("policy.init", "finished", "policy.init: finished has no config.json: did you mean finished/model?"),
     ("policy.init", "reward", "policy.init: reward is a LlamaForSequenceClassification, which cannot write text"),
-    ("policy.init", "config", "policy.config: needed with policy.init: config"),
+    ("policy.init", "config", "policy.init: config (new weights) is for gearshift pretrain"),
     (
         "policy.config",
         {"model_type": "llama"},
@@ -236,11 +236,6 @@ def test_what_must_simply_pass(here: Path) -> None:
     with gzip.open("more.jsonl.gz", "wt") as file:
         file.write("{}\n")
     load("sft", write(changed(example("sft"), "data.train", ["prompts.jsonl", "more.jsonl.gz"])), ranks=2)
-    # A reward model with another tokenizer is fine as long as the critic starts elsewhere.
-    model_folder(here / "foreign", {"a": 0}, architectures=["LlamaForSequenceClassification"])
-    values = changed(changed(example("ppo"), "reward.init", "foreign"), "critic.init", "reward")
-    error_of("ppo", values)
-    load("ppo", write(changed(values, "critic.init", "sft")), ranks=2)
     # Fewer key heads than ranks are repeated.
     model_folder(here / "one-key", num_attention_heads=4, num_key_value_heads=1)
     load("ppo", write(changed(example("ppo"), "policy.init", "one-key")), ranks=2)
@@ -253,3 +248,45 @@ def test_help_has_every_field_with_default_and_description(command: str) -> None
         assert f"  --{name} " in text
         assert description, name
         assert f"({'default ' + default if default else 'required'})\n      {description}" in text
+
+
+def test_a_reward_model_that_reads_other_tokens_is_refused(here: Path) -> None:
+    """Whether or not it is to start the critic."""
+    model_folder(here / "foreign", {"a": 0}, architectures=["LlamaForSequenceClassification"])
+    values = changed(example("ppo"), "reward.init", "foreign")
+    assert "critic.init: " in error_of("ppo", changed(values, "critic.init", "reward"))
+    assert "reward.init: its tokenizer is not that of sft" in error_of("ppo", changed(values, "critic.init", "sft"))
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "told"),
+    [
+        ("ppo", {"policy.init": "config"}, "policy.init: config (new weights) is for gearshift pretrain"),
+        ("reward", {"policy.init": "config"}, "policy.init: config (new weights) is for gearshift pretrain"),
+        ("ppo", {"run.seed": 2**40}, "run.seed: "),
+        (
+            "ppo",
+            {"data.chat_template": True, "data.prompt_template": "Q: {prompt}"},
+            "data.prompt_template: is not used with data.chat_template",
+        ),
+        ("compare", {"compare.true_score": "no.such:thing"}, "compare.true_score: no.such:thing cannot be found"),
+    ],
+)
+def test_what_would_only_fail_in_the_ranks(here: Path, command: str, changes: dict[str, Any], told: str) -> None:
+    values = example(command)
+    for key, value in changes.items():
+        values = changed(values, key, value)
+    assert told in error_of(command, values)
+
+
+def test_a_fraction_that_rounds_to_no_text_is_refused(here: Path) -> None:
+    values = changed(changed(example("sft"), "train.pretraining", ["prompts.jsonl"]), "train.batch_size", 4)
+    assert "is 0 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.1))
+    assert "is 4 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.9))
+    load("sft", write(changed(values, "train.pretraining_fraction", 0.25)), ranks=2)
+
+
+def test_held_out_text_must_fit_the_models_positions(here: Path) -> None:
+    model_folder(here / "long", max_position_embeddings=4096)
+    values = changed(changed(example("ppo"), "ptx.validation", ["prompts.jsonl"]), "policy.init", "long")
+    assert "ptx.max_tokens: 99999" in error_of("ppo", changed(values, "ptx.max_tokens", 99_999))

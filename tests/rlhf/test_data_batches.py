@@ -1,15 +1,13 @@
 """Order, parts and padding."""
 
 from array import array
-from collections import Counter
 
 import pytest
 import torch
 
-from gearshift.errors import UserError
 from gearshift.rlhf.data.batches import collate_comparisons, collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Block, Comparison, Demonstration, PromptRow
-from gearshift.rlhf.data.sampling import NOTHING, Sampler, evaluation_batches, rank_part
+from gearshift.rlhf.data.sampling import Sampler, rank_part
 
 PINNED_ORDER = [1, 0, 2, 4, 9, 3, 8, 6, 7, 5]
 
@@ -30,7 +28,7 @@ def test_the_last_batch_is_filled_so_no_row_is_left_out():
     assert sampler.steps(epochs=1) == 3
     rows = [row for _ in range(3) for row in next(sampler).rows]
     assert set(rows) == set(range(10))
-    assert sampler.cursor == (1, 2)
+    assert sampler.position == 12
 
 
 def test_the_order_depends_on_the_seed_alone():
@@ -42,35 +40,11 @@ def test_the_order_depends_on_the_seed_alone():
     assert whole == small
 
 
-def test_a_sampler_goes_on_where_it_was_left():
-    sampler = Sampler(7, 3, seed=5)
-    for _ in range(4):
-        next(sampler)
-    state, expected = sampler.state(), [next(sampler) for _ in range(3)]
-    assert state == {"epoch": 1, "offset": 5, "rows": 7, "seed": 5}
-    resumed = Sampler(7, 3, seed=5)
-    resumed.load_state(state)
-    assert [next(resumed) for _ in range(3)] == expected
-    with pytest.raises(UserError, match="rows was 7, now 8"):
-        Sampler(8, 3, seed=5).load_state(state)
-    with pytest.raises(UserError, match="seed was 5, now 6"):
-        Sampler(7, 3, seed=6).load_state(state)
-
-
 def test_ranks_take_contiguous_parts():
     batch = list(range(8))
     assert [rank_part(batch, rank, 4) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(ValueError, match="8 rows does not divide by 3 ranks"):
         rank_part(batch, 0, 3)
-
-
-@pytest.mark.parametrize(("rows", "size", "world"), [(10, 3, 2), (7, 4, 2), (1, 2, 4), (8, 4, 1), (9, 2, 4)])
-def test_evaluation_takes_every_row_once_in_as_many_batches_on_every_rank(rows, size, world):
-    parts = [evaluation_batches(rows, size, rank, world) for rank in range(world)]
-    seen = Counter(row for part in parts for batch in part for row in batch if row != NOTHING)
-    assert seen == Counter(range(rows))
-    assert len({tuple(map(len, part)) for part in parts}) == 1
-    assert max(len(batch) for part in parts for batch in part) <= size
 
 
 def test_text_batches_mix_demonstrations_and_blocks():
@@ -89,7 +63,7 @@ def test_prompt_batches_carry_row_and_draw():
     assert (batch.draws.tolist(), batch.samples.tolist()) == ([100, 101], [2, 2])
     assert all(field.dtype == torch.int64 for field in vars(batch).values())
     evaluation = collate_prompts(rows)
-    assert (evaluation.draws.tolist(), evaluation.ids.tolist()) == ([3, 8, 0], [3, 8, NOTHING])
+    assert (evaluation.draws.tolist(), evaluation.ids.tolist()) == ([3, 8, 0], [3, 8, -1])
     assert evaluation.lengths.tolist() == [1, 2, 1]  # a place without a row still has one token to run on
 
 

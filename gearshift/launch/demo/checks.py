@@ -16,12 +16,26 @@ LOGPROB_GAP_BOUND = 1e-5  # fp32, rollout against training forward
 def check(folder: Path) -> list[dict[str, Any]]:
     """`{"name", "passed", "detail"}` for each claim."""
     systems = json.loads((folder / "compare" / "systems.json").read_text(encoding="utf-8"))
-    checks = [_above(systems, "sft", "base"), _above(systems, "ppo", "sft"), _above(systems, "ppo-ptx", "sft")]
+    checks = [_all_answered(folder)]
+    checks += [_above(systems, "sft", "base"), _above(systems, "ppo", "sft"), _above(systems, "ppo-ptx", "sft")]
     for name in ("ppo", "ppo-ptx"):
         checks.append(_bounded(f"{name}: mean KL per response, nats", systems[name]["kl"], KL_BOUND))
-        gaps = [row["rollout/logprob_gap"] for row in _metrics(folder / name) if "rollout/logprob_gap" in row]
+        metrics = _rows(folder / name / "metrics.jsonl")
+        gaps = [row["rollout/logprob_gap"] for row in metrics if "rollout/logprob_gap" in row]
         checks.append(_bounded(f"{name}: largest gap of rollout and training log-probs, nats", max(gaps), _gap(folder)))
     return checks
+
+
+def _all_answered(folder: Path) -> dict[str, Any]:
+    """Every system answered every test prompt: none was left out on the way."""
+    asked = len((folder / "world" / "prompts_test.jsonl").read_text(encoding="utf-8").splitlines())
+    systems = [row["system"] for row in _rows(folder / "compare" / "answers.jsonl")]
+    counts = sorted({systems.count(name) for name in systems})
+    return {
+        "name": "test prompts answered by each system",
+        "passed": counts == [asked],
+        "detail": f"{', '.join(map(str, counts))} of {asked}",
+    }
 
 
 def _above(systems: dict[str, Any], better: str, worse: str) -> dict[str, Any]:
@@ -46,5 +60,5 @@ def _gap(folder: Path) -> float:
     return LOGPROB_GAP_BOUND if weights.get("dtype", "float32") == "float32" else 0.1
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

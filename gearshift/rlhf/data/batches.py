@@ -1,7 +1,7 @@
 """Rows padded into the tensors that training reads.
 
 Letters: B rows, K answers to a prompt, S longest sequence, P longest prompt. Everything is right-padded with token 0.
-A row may be None: it fills a place so that all ranks run alike (`sampling.evaluation_batches`) and bears no loss.
+A row may be None: it lets a rank that has no rows take part in the others' collectives, and bears no loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gearshift.engine.batches import Prompts, Rows, TokenBatch
 from gearshift.rlhf.data.encoding import IGNORED, Block, Comparison, Demonstration, PromptRow
-from gearshift.rlhf.data.sampling import NOTHING
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def collate_text(rows: Sequence[Demonstration | Block | None]) -> TokenBatch:
 
 def collate_prompts(rows: Sequence[PromptRow | None], draws: Sequence[int] | None = None, sample: int = 0) -> Prompts:
     """Prompts to answer. `draws` are the sampler's; without them (evaluation) they are the row numbers."""
-    ids = [NOTHING if row is None else row.id for row in rows]
+    ids = [-1 if row is None else row.id for row in rows]
     tokens = [[0] if row is None else row.tokens for row in rows]
     return Prompts(
         tokens=_padded(tokens, 0),

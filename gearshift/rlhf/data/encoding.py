@@ -6,6 +6,7 @@ A row over its limit is left out and counted, never cut.
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,14 @@ class Encoder:
             if not self._long_prompt(drop, tokens):
                 kept.append(PromptRow(len(kept), tokens, text, record.fields, record.origin))
         return drop.encoded(kept)
+
+    def with_prefix(self, prompt: PromptRow, prefix: str) -> PromptRow:
+        """The prompt after `prefix` (a few-shot text), BOS still first."""
+        if not prefix:
+            return prompt
+        bos = self._bos() if not self.chat_template else []
+        tokens = [*bos, *self._encode([prefix])[0], *prompt.tokens[len(bos) :]]
+        return dataclasses.replace(prompt, tokens=tokens, text=prefix + prompt.text)
 
     def demonstrations(self, records: Sequence[Record]) -> Encoded[Demonstration]:
         """Prompts with an answer; the prompt and the whole sequence within their limits."""
