@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -113,7 +114,7 @@ def build_shared_memory_ops() -> bool:
     # The environment's own ninja, also when the environment is not activated: another version of ninja would find
     # every build of this one out of date.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/gearshift/torch_extensions")))
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder())))
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".gearshift.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -123,12 +124,20 @@ def build_shared_memory_ops() -> bool:
             print("gearshift: no C++ compiler found; rollouts use gloo's all-reduce, which is slower", file=sys.stderr)
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             return False
+        if not any(root.glob("*/*.so")):
+            print("gearshift: compiling DeepSpeed's shared-memory collectives, once (about 30 s)", file=sys.stderr)
         with _quiet_stdout():
             builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
             if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
                 return False
             builder.load(verbose=False)
     return True
+
+
+def _extensions_folder() -> Path:
+    """One for each Python environment: what one compiled is out of date to the next, whose headers lie elsewhere."""
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    return Path.home() / ".cache/gearshift/torch_extensions" / f"{sys.implementation.cache_tag}-{environment}"
 
 
 @contextmanager

@@ -96,7 +96,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's shared-memory collectives need it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/gearshift/torch_extensions"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns and stops by itself after a fork
 
 

@@ -110,13 +110,12 @@ def test_hostfile(tmp_path: Path) -> None:
 
 
 def test_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_SIZE", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"):
+    for name in ("LOCAL_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     launcher.prepare_environment()
     assert (os.environ["LOCAL_SIZE"], os.environ["OMP_NUM_THREADS"]) == ("2", "4")
-    assert os.environ["TORCH_EXTENSIONS_DIR"].endswith(".cache/gearshift/torch_extensions")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     launcher.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3"
