@@ -89,6 +89,7 @@ def init_distributed() -> World:
             build_shared_memory_ops()
         with _quiet_stdout():
             deepspeed.init_distributed(verbose=False)
+        _unlink_shared_memory()
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
@@ -132,6 +133,18 @@ def build_shared_memory_ops() -> bool:
                 return False
             builder.load(verbose=False)
     return True
+
+
+def _unlink_shared_memory() -> None:
+    """Remove the names of DeepSpeed's shared-memory buffers, which every rank of this host has mapped by now.
+
+    DeepSpeed 0.19 never removes them: each job would leave 69 MB a rank in /dev/shm, until the host's memory is full.
+    What is mapped stays until the processes end, however they end.
+    """
+    dist.barrier()
+    address, port, rank = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), os.environ["RANK"]
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{address}_{port}_{rank}"):
+        buffer.unlink(missing_ok=True)
 
 
 def _extensions_folder() -> Path:
