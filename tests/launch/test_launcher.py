@@ -129,7 +129,12 @@ def test_ctrl_c_ends_every_process(tmp_path: Path, number: signal.Signals) -> No
         "sys.exit(run_to_end(sys.argv[1:], dict(os.environ)))"
     )
     script = f"sleep 300 & echo $! > {tmp_path}/pid; wait"
-    with subprocess.Popen([sys.executable, "-c", code, "sh", "-c", script]) as shell:
+
+    def listen() -> None:
+        """A test run started in the background ignores Ctrl-C, and so would its children."""
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen([sys.executable, "-c", code, "sh", "-c", script], preexec_fn=listen) as shell:
         wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
         child = int((tmp_path / "pid").read_text())
         assert alive(child)
