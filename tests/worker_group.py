@@ -6,9 +6,10 @@ import atexit
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # The first start of all compiles DeepSpeed's shared-memory collectives: half a minute of a free core.
@@ -62,6 +63,7 @@ class WorkerGroup:
             # Not daemonic: a rank may start processes of its own (a compiler).
             process = context.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
+            theirs.close()  # the rank's alone: when it dies, ours ends
             self._pipes.append(ours)
             self._processes.append(process)
         atexit.register(self.stop)
@@ -76,17 +78,28 @@ class WorkerGroup:
         return self._answers(timeout)
 
     def _answers(self, timeout: float) -> list[Any]:
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
+        """Of all ranks, in whichever order they come: one that fails is told while the others wait for it."""
+        deadline = time.monotonic() + timeout
+        results: dict[int, Any] = {}
+        while len(results) < len(self._pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
                 self.stop()
-                raise TimeoutError(f"rank {rank} did not answer within {timeout} s")
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {timeout} s")
+            for pipe in ready:
+                results[waiting[pipe]] = self._answer(waiting[pipe], pipe)
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def _answer(self, rank: int, pipe: Connection) -> Any:
+        try:
             done, result = pipe.recv()
-            if not done:
-                self.stop()
-                raise AssertionError(f"rank {rank}:\n{result}")
-            results.append(result)
-        return results
+        except EOFError:
+            done, result = False, "the process ended"
+        if not done:
+            self.stop()
+            raise AssertionError(f"rank {rank}:\n{result}")
+        return result
 
     def stop(self) -> None:
         for process in self._processes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gearshift.errors import UserError
 from gearshift.launch import folders
+from gearshift.launch.rows import readers, row_problems
 from gearshift.rlhf.settings import (
     CompareConfig,
     Config,
@@ -63,6 +64,7 @@ def check(config: Config, ranks: int) -> None:
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
     if isinstance(config, CompareConfig):
+        _check_unread(config)
         _check_checker(config.compare.true_score)
     else:
         assert isinstance(config, PretrainConfig | PpoConfig)
@@ -70,6 +72,8 @@ def check(config: Config, ranks: int) -> None:
         _check_trackers(config)
     _check_sources(config)
     _check_models(config, ranks)
+    for field, problem in row_problems(config):
+        raise SettingError(field, problem)
 
 
 # --- batch sizes -----------------------------------------------------------------------------------------------------
@@ -105,6 +109,17 @@ def _numbers(values: Iterator[int]) -> str:
     if len(found) > 8:
         return f"{', '.join(map(str, found[:4]))} ... {found[-1]}"
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
+
+
+def _check_unread(config: CompareConfig) -> None:
+    """What stands in a section that compare shares with ppo, but trains nothing with."""
+    for field, value in (
+        ("data.train", config.data.train),
+        ("ptx.data", config.ptx.data),
+        ("ptx.coef", config.ptx.coef),
+    ):
+        if value:
+            raise SettingError(field, "gearshift compare trains nothing, so it would not be read: leave it out")
 
 
 def _check_checker(name: str | None) -> None:
@@ -192,22 +207,9 @@ def _check_sources(config: Config) -> None:
     needed = "data.validation" if isinstance(config, CompareConfig) else "data.train"
     if not getattr(config.data, needed.removeprefix("data.")):
         raise SettingError(needed, "missing: sources (.jsonl, .jsonl.gz, .parquet, .txt or a hub name)")
-    for field, sources in _sources(config):
+    for field, sources, _ in readers(config):
         for source in sources:
-            problem = folders.source_problem(source)
-            if problem:
-                raise SettingError(field, problem)
-
-
-def _sources(config: Config) -> Iterator[tuple[str, list[str]]]:
-    for section, names in (
-        ("data", ("train", "validation", "tokenizer_text", "demonstrations")),
-        ("train", ("pretraining",)),
-        ("ptx", ("data", "validation")),
-    ):
-        values = getattr(config, section, None)
-        for name in names:
-            yield f"{section}.{name}", getattr(values, name, [])
+            _fails(field, folders.source_problem(source))
 
 
 def _check_models(config: Config, ranks: int) -> None:

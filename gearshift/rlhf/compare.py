@@ -20,7 +20,6 @@ from gearshift.engine.exchange import gather_rows
 from gearshift.errors import UserError
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
-from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import CompareConfig, SystemSettings
@@ -28,6 +27,7 @@ from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    load_rows,
     require_same_tokens,
     stop_tokens,
     text_blocks,
@@ -59,17 +59,16 @@ def compare(config: CompareConfig, report: Report) -> None:
     for field, init in [("reward.init", config.reward.init), ("reference.init", config.reference.init)]:
         require_same_tokens(tokenizer, init, field)
     encoder = encoder_of(config.data, tokenizer)
-    encoded = encoder.prompts(read_sources(config.data.validation)[: config.compare.prompts])
-    report.say(f"data.validation: {encoded.describe()}")
-    at_least(encoded.rows, world.size, "data.validation")
+    prompts = load_rows("data.validation", config.data.validation, encoder.prompts, report, config.compare.prompts)
+    at_least(prompts, world.size, "data.validation")
     judges = _Judges(config, world)
     every: list[dict[str, Any]] = []
     systems: dict[str, dict[str, float]] = {}
     report.start([], len(config.systems))
     for number, (name, system) in enumerate(config.systems.items(), 1):
         require_same_tokens(tokenizer, system.init, f"systems.{name}.init")
-        answers, text_loss = _answer(config, world, system, encoded.rows, encoder, judges)
-        rows = [{"system": name, **_judged(a, encoded.rows[a["id"]], checker)} for a in answers]
+        answers, text_loss = _answer(config, world, system, prompts, encoder, judges)
+        rows = [{"system": name, **_judged(a, prompts[a["id"]], checker)} for a in answers]
         every += rows
         systems[name] = summary(rows, text_loss)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in systems[name].items())
@@ -107,6 +106,8 @@ def load_checker(name: str | None) -> Checker | None:
         checker: Checker = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"compare.true_score: {name}: {error}; write it as module:function") from error
+    if not callable(checker):
+        raise UserError(f"compare.true_score: {name} is a {type(checker).__name__}, not a function of (row, response)")
     return checker
 
 

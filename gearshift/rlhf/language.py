@@ -13,12 +13,22 @@ from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_text
 from gearshift.rlhf.data.encoding import Encoder
+from gearshift.rlhf.data.formats import read_document
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.data.tokenizers import train_tokenizer
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import PretrainConfig, SftConfig
-from gearshift.rlhf.setup import at_least, dtype_of, encoder_of, schedule_of, text_blocks, tokenizer_of, training_of
+from gearshift.rlhf.setup import (
+    at_least,
+    dtype_of,
+    encoder_of,
+    load_rows,
+    schedule_of,
+    text_blocks,
+    tokenizer_of,
+    training_of,
+)
 from gearshift.rlhf.supervised import evaluate, fit
 
 
@@ -63,15 +73,9 @@ def sft(config: SftConfig, report: Report) -> None:
     world = init_distributed()
     tokenizer = tokenizer_of(config.data, config.policy.init)
     encoder = encoder_of(config.data, tokenizer)
-    encoded = encoder.demonstrations(read_sources(config.data.train))
-    report.say(f"data.train: {encoded.describe()}")
-    at_least(encoded.rows, 1, "data.train")
-    held_out: list[Any] = []
-    if config.data.validation:
-        encoded_validation = encoder.demonstrations(read_sources(config.data.validation))
-        report.say(f"data.validation: {encoded_validation.describe()}")
-        held_out = encoded_validation.rows
-    batches, steps = _mixed_batches(config, encoded.rows, encoder, world)
+    rows = load_rows("data.train", config.data.train, encoder.demonstrations, report)
+    held_out = load_rows("data.validation", config.data.validation, encoder.demonstrations, report)
+    batches, steps = _mixed_batches(config, rows, encoder, world)
     _train(config, report, world, tokenizer, steps, batches, held_out)
 
 
@@ -162,5 +166,5 @@ def _tokenizer(config: PretrainConfig) -> Any:
     if data.tokenizer != "train":
         return tokenizer_of(data, config.policy.init)
     assert data.vocab_size is not None
-    texts = (str(record.fields.get(data.text_key, "")) for record in read_sources(data.tokenizer_text or data.train))
+    texts = (read_document(record, data.keys) for record in read_sources(data.tokenizer_text or data.train))
     return train_tokenizer(texts, data.vocab_size)

@@ -27,7 +27,6 @@ from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
 from gearshift.rlhf.data.sampling import Sampler, rank_part
-from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
@@ -38,6 +37,7 @@ from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    load_rows,
     require_same_tokens,
     stop_tokens,
     text_blocks,
@@ -249,19 +249,11 @@ class PpoData:
         if config.reference.init != "policy":
             require_same_tokens(tokenizer, config.reference.init, "reference.init")
         encoder = encoder_of(config.data, tokenizer)
-        encoded = encoder.prompts(read_sources(config.data.train))
-        report.say(f"data.train: {encoded.describe()}")
-        at_least(encoded.rows, 1, "data.train")
-        held_out: list[PromptRow] = []
-        if config.data.validation:
-            encoded_validation = encoder.prompts(read_sources(config.data.validation))
-            report.say(f"data.validation: {encoded_validation.describe()}")
-            held_out = encoded_validation.rows
+        rows = load_rows("data.train", config.data.train, encoder.prompts, report)
+        held_out = load_rows("data.validation", config.data.validation, encoder.prompts, report)
         text_encoder = encoder_of(config.data, tokenizer, config.ptx.max_tokens)
         return cls(
-            prompts=prompt_batches(
-                encoded.rows, Sampler(len(encoded.rows), config.ppo.batch_size, config.run.seed), world
-            ),
+            prompts=prompt_batches(rows, Sampler(len(rows), config.ppo.batch_size, config.run.seed), world),
             pretraining=_pretraining(config, text_encoder, world),
             held_out_prompts=held_out,
             held_out_text=text_blocks(config.ptx.validation, text_encoder),

@@ -17,10 +17,9 @@ from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import ComparisonBatch, collate_comparisons
 from gearshift.rlhf.data.encoding import Comparison, Demonstration
 from gearshift.rlhf.data.sampling import Sampler
-from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import RewardConfig
-from gearshift.rlhf.setup import at_least, dtype_of, encoder_of, schedule_of, tokenizer_of, training_of
+from gearshift.rlhf.setup import dtype_of, encoder_of, load_rows, schedule_of, tokenizer_of, training_of
 from gearshift.rlhf.supervised import evaluate, fit
 
 
@@ -64,15 +63,10 @@ def reward(config: RewardConfig, report: Report) -> None:
     world = init_distributed()
     tokenizer = tokenizer_of(config.data, config.policy.init)
     encoder = encoder_of(config.data, tokenizer)
-    encoded = encoder.comparisons(read_sources(config.data.train))
-    report.say(f"data.train: {encoded.describe()}")
-    at_least(encoded.rows, 1, "data.train")
-    held_out: list[Comparison] = []
-    if config.data.validation:
-        encoded_validation = encoder.comparisons(read_sources(config.data.validation))
-        report.say(f"data.validation: {encoded_validation.describe()}")
-        held_out = encoded_validation.rows
-    sampler = Sampler(len(encoded.rows), config.train.batch_size, config.run.seed)
+    rows = load_rows("data.train", config.data.train, encoder.comparisons, report)
+    held_out = load_rows("data.validation", config.data.validation, encoder.comparisons, report)
+    demonstrations = load_rows("data.demonstrations", config.data.demonstrations, encoder.demonstrations, report)
+    sampler = Sampler(len(rows), config.train.batch_size, config.run.seed)
     steps = sampler.steps(config.train.epochs)
     model = RewardModel.load(
         config.policy.init,
@@ -89,13 +83,10 @@ def reward(config: RewardConfig, report: Report) -> None:
         return measure(model, held_out) if held_out else {}
 
     report.start([f"model        {model.parameters_total:,} parameters"], steps)
-    batches = comparison_batches(encoded.rows, sampler, world)
+    batches = comparison_batches(rows, sampler, world)
     fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every)
-    if config.data.demonstrations:
-        demonstrations = encoder.demonstrations(read_sources(config.data.demonstrations))
-        report.say(f"data.demonstrations: {demonstrations.describe()}")
-        at_least(demonstrations.rows, 1, "data.demonstrations")
-        model.bias = mean_demonstration_reward(model, demonstrations.rows)
+    if demonstrations:
+        model.bias = mean_demonstration_reward(model, demonstrations)
         report.say(f"reward bias {model.bias:+.4f}: the demonstrations' mean reward is now 0")
     model.config.pad_token_id = tokenizer.pad_token_id  # other loaders' classification heads look for it
     model.save_pretrained(f"{config.run.folder}/model", tokenizer)

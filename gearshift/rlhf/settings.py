@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gearshift.engine.settings import DeepSpeedConfig, Dtype, OptimizerSettings, RolloutSettings, Section, Sources
+from gearshift.rlhf.data.formats import Keys
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -96,6 +97,23 @@ class DataSettings(Section):
     turn: str = Field(
         "\n\nAssistant:", description="What opens the assistant's turn where chosen and rejected hold the prompt"
     )
+
+    @property
+    def keys(self) -> Keys:
+        """The names of the rows' fields."""
+        return Keys(
+            prompt=self.prompt_key,
+            completion=self.completion_key,
+            messages=self.messages_key,
+            chosen=self.chosen_key,
+            rejected=self.rejected_key,
+            context=self.context_key,
+            completions=self.completions_key,
+            text=self.text_key,
+            inputs=self.inputs_key,
+            targets=self.targets_key,
+            turn=self.turn,
+        )
 
 
 class RewardDataSettings(DataSettings):
@@ -186,7 +204,7 @@ class TrackingSettings(Section):
     """Where metrics go besides metrics.jsonl."""
 
     trackers: list[str] = Field(["tensorboard"], description="tensorboard, wandb, mlflow ... (accelerate's names)")
-    samples: int = Field(8, ge=0, description="Rows written to samples.jsonl each time")
+    samples: int = Field(8, ge=0, description="ppo: rows written to samples.jsonl each time")
 
 
 class SystemSettings(Section):

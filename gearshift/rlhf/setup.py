@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gearshift.engine import Training, World
 from gearshift.engine.settings import OptimizerSettings
 from gearshift.errors import UserError
-from gearshift.rlhf.data.encoding import Block, Encoder
-from gearshift.rlhf.data.formats import Keys
-from gearshift.rlhf.data.sources import read_sources
+from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
+from gearshift.rlhf.data.sources import Record, read_sources
 from gearshift.rlhf.data.tokenizers import load_tokenizer
+from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.schedules import constant, cosine
 from gearshift.rlhf.settings import DataSettings, RunSettings, TrainSettings
+
+Row = TypeVar("Row")
 
 
 def dtype_of(run: RunSettings, world: World) -> torch.dtype:
@@ -48,19 +50,7 @@ def encoder_of(data: DataSettings, tokenizer: Any, max_tokens: int | None = None
     """`max_tokens` in place of the section's (pretraining text has its own)."""
     return Encoder(
         tokenizer,
-        keys=Keys(
-            prompt=data.prompt_key,
-            completion=data.completion_key,
-            messages=data.messages_key,
-            chosen=data.chosen_key,
-            rejected=data.rejected_key,
-            context=data.context_key,
-            completions=data.completions_key,
-            text=data.text_key,
-            inputs=data.inputs_key,
-            targets=data.targets_key,
-            turn=data.turn,
-        ),
+        keys=data.keys,
         prompt_template=data.prompt_template,
         chat_template=data.chat_template,
         max_prompt_tokens=data.max_prompt_tokens,
@@ -80,6 +70,24 @@ def require_same_tokens(tokenizer: Any, init: str, field: str) -> None:
         return
     if load_tokenizer(init).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{field}: the tokenizer of {init} is not the policy's, so it would read other tokens")
+
+
+def load_rows(
+    field: str,
+    sources: list[str],
+    encode: Callable[[Sequence[Record]], Encoded[Row]],
+    report: Report,
+    first: int | None = None,
+) -> list[Row]:
+    """The (first) rows of the sources that the config's `field` names, encoded; how many were left out is reported.
+
+    No source, no rows. Raises UserError when none of the rows that are there can be used.
+    """
+    if not sources:
+        return []
+    encoded = encode(read_sources(sources)[:first])
+    report.say(f"{field}: {encoded.describe()}")
+    return encoded.rows
 
 
 def text_blocks(sources: list[str], encoder: Encoder) -> list[Block]:

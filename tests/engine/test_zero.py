@@ -79,13 +79,6 @@ def _gradient(parameter: Any) -> torch.Tensor:
     return gradient.clone()
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Any:
-    group = WorkerGroup(1)
-    yield group
-    group.stop()
-
-
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     difference = sum(float(((a[n].double() - b[n].double()) ** 2).sum()) for n in a)
     return float((difference / sum(float((b[n].double() ** 2).sum()) for n in b)) ** 0.5)

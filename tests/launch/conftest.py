@@ -31,6 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"prompt": "2 + 2 ="}\n')
+    Path("answers.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n')
+    Path("pairs.jsonl").write_text('{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}\n')
     Path("text.txt").write_text("Once upon a time.\n")
     model_folder(tmp_path / "sft")
     model_folder(tmp_path / "reward", architectures=["LlamaForSequenceClassification"])
@@ -48,6 +50,10 @@ def example(command: str) -> dict[str, Any]:
     if command == "pretrain":
         stage["policy"] = {"init": "config", "config": {"model_type": "llama", "hidden_size": 64}}
         stage["data"] = {"train": "text.txt", "tokenizer": "train", "vocab_size": 512}
+    if command == "sft":
+        stage["data"] = {"train": "answers.jsonl"}
+    if command == "reward":
+        stage["data"] = {"train": "pairs.jsonl"}
     if command == "ppo":
         stage.pop("train")
         stage["reward"] = {"init": "reward"}

@@ -66,14 +66,23 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[st
 
 
 def test_a_mistake_in_a_real_shell_is_one_line_before_any_process(here: Path) -> None:
-    write({**example("ppo"), "rollout": {"tp_size": 3}})
-    command = [sys.executable, "-m", "gearshift.launch", "ppo", "config.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "gearshift ppo: config.yaml:11: rollout.tp_size: 3 does not divide the 2 ranks (run.ranks): use 1 or 2\n"
-    )
-    assert not Path("runs").exists()
+    Path("ragged.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n{"prompt": "3 + 3 ="}\n')
+    mistakes = {
+        "ppo": ({"rollout": {"tp_size": 3}}, "rollout.tp_size: 3 does not divide the 2 ranks (run.ranks): use 1 or 2"),
+        "sft": (
+            {"data": {"train": "ragged.jsonl"}},
+            "data.train: ragged.jsonl:2: no field 'completion'; the row has: prompt",
+        ),
+    }
+    for command, (section, says) in mistakes.items():
+        write({**example(command), **section})
+        words = [sys.executable, "-m", "gearshift.launch", command, "config.yaml"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        where, told = done.stderr.removeprefix(f"gearshift {command}: ").split(": ", 1)
+        assert where.startswith("config.yaml:")
+        assert told == f"{says}\n"
+        assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in CONFIGS)])

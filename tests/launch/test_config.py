@@ -100,6 +100,12 @@ WRONG = [
     ("data.train", "sft", "data.train: sft is a folder: name its files"),
     ("data.train", "sft/config.json", "data.train: sft/config.json is none of .jsonl, .jsonl.gz, .parquet, .txt"),
     ("data.train", [], "data.train: missing: sources"),
+    ("data.train", "blank.jsonl", "data.train: blank.jsonl: the data set is empty"),
+    ("data.train", "text.txt", "data.train: text.txt:1: no field 'prompt'; the row has: text"),
+    ("data.train", "ragged.jsonl", "data.train: ragged.jsonl:3: no field 'prompt'; the row has: question"),
+    ("data.train", "broken.jsonl", "data.train: broken.jsonl:2: is not valid JSON"),
+    ("data.prompt_key", "question", "data.train: prompts.jsonl:1: no field 'question'; the row has: prompt"),
+    ("ptx.validation", "prompts.jsonl", "ptx.validation: prompts.jsonl:1: no field 'text'; the row has: prompt"),
     ("data.vocab_size", 100, "data.vocab_size: only with data.tokenizer: train"),
     ("data.tokenizer", "train", "data.tokenizer: train is for gearshift pretrain"),
     ("data.tokenizer", "bare", "data.tokenizer: bare has no tokenizer (tokenizer.json)"),
@@ -139,6 +145,9 @@ WRONG = [
 @pytest.mark.parametrize(("setting", "value", "says"), WRONG, ids=[f"{s}={v}"[:40] for s, v, _ in WRONG])
 def test_what_is_wrong_with_ppo(here: Path, setting: str, value: Any, says: str) -> None:
     Path("empty.jsonl").touch()
+    Path("blank.jsonl").write_text("\n\n")
+    Path("ragged.jsonl").write_text('{"prompt": "a"}\n\n{"question": "b"}\n')
+    Path("broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     Path("bare").mkdir()
     model_folder(here / "finished" / "model")
     model_folder(here / "short", max_position_embeddings=512)
@@ -169,6 +178,14 @@ WRONG_ELSEWHERE = [
     ("compare", "systems.ppo", {"init": "nowhere"}, "systems.ppo.init: there is no model folder nowhere"),
     ("compare", "systems.ppo", {"int": "sft"}, "systems.ppo.int: unknown setting"),
     ("compare", "data.validation", [], "data.validation: missing: sources"),
+    ("compare", "data.train", "prompts.jsonl", "data.train: gearshift compare trains nothing"),
+    ("compare", "ptx.coef", 1.0, "ptx.coef: gearshift compare trains nothing"),
+    ("sft", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'completion'"),
+    ("sft", "data.validation", "text.txt", "data.validation: text.txt:1: no field 'prompt'"),
+    ("reward", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'chosen'"),
+    ("reward", "data.demonstrations", "pairs.jsonl", "data.demonstrations: pairs.jsonl:1: no field 'completion'"),
+    ("pretrain", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'text'"),
+    ("pretrain", "data.tokenizer_text", "prompts.jsonl", "data.tokenizer_text: prompts.jsonl:1: no field 'text'"),
 ]
 
 
@@ -234,8 +251,8 @@ def test_owner_slash_name_is_left_to_the_hub_unless_the_owner_is_a_folder_here(h
 
 def test_what_must_simply_pass(here: Path) -> None:
     with gzip.open("more.jsonl.gz", "wt") as file:
-        file.write("{}\n")
-    load("sft", write(changed(example("sft"), "data.train", ["prompts.jsonl", "more.jsonl.gz"])), ranks=2)
+        file.write('{"inputs": "2 + 3 =", "targets": "5"}\n')
+    load("sft", write(changed(example("sft"), "data.train", ["answers.jsonl", "more.jsonl.gz"])), ranks=2)
     # Fewer key heads than ranks are repeated.
     model_folder(here / "one-key", num_attention_heads=4, num_key_value_heads=1)
     load("ppo", write(changed(example("ppo"), "policy.init", "one-key")), ranks=2)
@@ -280,7 +297,7 @@ def test_what_would_only_fail_in_the_ranks(here: Path, command: str, changes: di
 
 
 def test_a_fraction_that_rounds_to_no_text_is_refused(here: Path) -> None:
-    values = changed(changed(example("sft"), "train.pretraining", ["prompts.jsonl"]), "train.batch_size", 4)
+    values = changed(changed(example("sft"), "train.pretraining", ["text.txt"]), "train.batch_size", 4)
     assert "is 0 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.1))
     assert "is 4 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.9))
     load("sft", write(changed(values, "train.pretraining_fraction", 0.25)), ranks=2)
@@ -288,5 +305,5 @@ def test_a_fraction_that_rounds_to_no_text_is_refused(here: Path) -> None:
 
 def test_held_out_text_must_fit_the_models_positions(here: Path) -> None:
     model_folder(here / "long", max_position_embeddings=4096)
-    values = changed(changed(example("ppo"), "ptx.validation", ["prompts.jsonl"]), "policy.init", "long")
+    values = changed(changed(example("ppo"), "ptx.validation", ["text.txt"]), "policy.init", "long")
     assert "ptx.max_tokens: 99999" in error_of("ppo", changed(values, "ptx.max_tokens", 99_999))

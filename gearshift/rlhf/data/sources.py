@@ -56,13 +56,21 @@ def read_sources(sources: Sequence[str]) -> list[Record]:
 
 def read_source(source: str) -> list[Record]:
     """The rows of one source; see `read_sources`."""
-    records = list(_read_file(Path(source).expanduser()) if _is_local(source) else _read_hub(source))
-    if not records:
+    return list(rows_of(source))
+
+
+def rows_of(source: str) -> Iterator[Record]:
+    """The rows of one source, read as they are asked for; see `read_sources`."""
+    empty = True
+    for record in _read_file(Path(source).expanduser()) if is_local(source) else _read_hub(source):
+        empty = False
+        yield record
+    if empty:
         raise UserError(f"{source}: the data set is empty")
-    return records
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
+    """Whether the source is a file here (or was meant to be one), not a name on the hub."""
     looks_like_path = source.endswith(SUFFIXES + OTHER_FILES) or source.startswith(("/", "./", "../", "~"))
     return looks_like_path or Path(source).exists() or not HUB_NAME.fullmatch(source)
 
@@ -137,7 +145,7 @@ def _read_hub(source: str) -> Iterator[Record]:
     except ImportError as error:
         raise UserError(f"{source}: is no local file, and hub names need datasets (pip install datasets)") from error
     match = HUB_NAME.fullmatch(source)
-    assert match is not None  # `_is_local` sends nothing else here
+    assert match is not None  # `is_local` sends nothing else here
     split = match["split"] or "train"
     try:
         rows = datasets.load_dataset(match["path"], match["configuration"], split=split)
