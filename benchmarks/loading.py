@@ -85,10 +85,11 @@ def report(world: World, folder: Path) -> None:
     lines: list[str | None] = [None] * world.size
     dist.all_gather_object(lines, line)
     if world.is_main:
-        largest, total = files[-1], sum(files)
-        print(f"{model.parameters_total / 1e6:,.0f} M parameters, {total:,.0f} MiB in {len(files)} files")
-        print(f"bound for rank 0: the largest file {largest:,.0f} MiB + its shard = {largest + shard:,.0f} MiB")
+        bound = files[-1] + shard
+        print(f"{model.parameters_total / 1e6:,.0f} M parameters, {sum(files):,.0f} MiB in {len(files)} files")
         print("\n".join(str(text) for text in lines))
+        print(f"bound for rank 0: the largest file {files[-1]:,.0f} MiB + its shard = {bound:,.0f} MiB: "
+              f"{'holds' if peak <= bound else 'EXCEEDED'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -35,10 +35,17 @@ class CausalModel(ZeroModel):
         from transformers import AutoModelForCausalLM
 
         module = load_module(
-            AutoModelForCausalLM, init, world, dtype, config=config, seed=seed, deepspeed_extra=deepspeed_extra
+            AutoModelForCausalLM,
+            init,
+            world,
+            dtype,
+            config=config,
+            head_check=lambda model: check_head(model, init),
+            seed=seed,
+            deepspeed_extra=deepspeed_extra,
         )
         bind_logprob_head(module)
-        model = cls(
+        return cls(
             module,
             world,
             training=training,
@@ -46,8 +53,6 @@ class CausalModel(ZeroModel):
             deepspeed_extra=deepspeed_extra,
             **more,
         )
-        model.check_head(init)
-        return model
 
     def forward(
         self, tokens: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -76,12 +81,3 @@ class CausalModel(ZeroModel):
     def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
         """Log-probs [B, L] fp32 of this rank's responses, without gradients. Collective."""
         return self.map(lambda micro: self.response_logprobs(micro, temperature)[0], rollouts)
-
-    @torch.no_grad()
-    def check_head(self, name: str) -> None:
-        """Hold the fused head against the model's own logits on a few tokens. Collective."""
-        vocabulary = self.config.get_text_config().vocab_size
-        tokens = torch.arange(1, 17, device=self.world.device).reshape(2, 8) * 7919 % vocabulary
-        targets = tokens.roll(-1, 1)
-        logits = self.engine(tokens, use_cache=False).logits
-        check_head(logits, self.forward(tokens, targets)[0], targets, name)

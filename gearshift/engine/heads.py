@@ -10,6 +10,8 @@ gather its weight (and only the top module's forward resets ZeRO-3's trace).
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,21 +137,59 @@ def bind_value_head(model: Any) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def check_head(logits: Tensor, logprobs: Tensor, targets: Tensor, name: str) -> None:
-    """Hold the fused log-probs against the model's own logits on the same tokens.
+@torch.no_grad()
+def check_head(model: Any, name: str) -> None:
+    """Hold the fused head against the model's own forward, with random hidden states in its backbone's place.
 
-    logits [B, S, V], logprobs [B, S], targets [B, S] (-100: not compared). The bound is the rounding of the model's
-    own dtype. Raises UserError when the head does more than `LogitTransform` says.
+    On the host, while the head's weight is whole there; the rest of the model may still be on the meta device. The
+    bound is the rounding of the model's own dtype. Raises UserError when the model does more than `LogitTransform`
+    says after its backbone, or anything to the tokens before it.
     """
-    own = torch.log_softmax(logits.float(), -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    gap = ((own - logprobs).abs() * (targets != -100)).max().item()
-    scale = max(1.0, logits.float().abs().max().item())
-    bound = scale * (1e-5 if logits.dtype == torch.float32 else 2e-2)
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    head, backbone = lm_head_of(model), backbone_of(model)
+    tokens = torch.arange(16).reshape(2, 8) * 7919 % head.out_features
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 8, head.in_features, generator=generator).to(head.weight.dtype)
+    bias = None if head.bias is None else torch.zeros_like(head.bias, device="cpu") if head.bias.is_meta else head.bias
+    seen: list[bool] = []
+
+    def stand_in(input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
+        seen.append(inputs_embeds is None and input_ids is not None and torch.equal(input_ids, tokens))
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    with _replaced(backbone, forward=stand_in), _replaced(head._parameters, bias=bias):
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+    if seen != [True]:
+        raise UserError(f"{name}: {type(model).__name__} does more than to call its backbone with the tokens")
+    targets = tokens.roll(-1, 1)
+    own = torch.log_softmax(logits, -1).gather(-1, targets[..., None]).flatten()
+    transform = LogitTransform.of(model.config)
+    flat, weight = hidden.flatten(0, 1), head.weight
+    fused = linear_logprob(
+        flat, weight, targets.flatten(), bias=bias, scale=transform.scale, softcap=transform.softcap
+    ).logprobs
+    gap = (own - fused).abs().max().item()
+    bound = max(1.0, logits.abs().max().item()) * (1e-5 if weight.dtype == torch.float32 else 2e-2)
     if not gap <= bound:
         raise UserError(
             f"{name}: the fused log-probs differ from the model's own logits by {gap:.2e} (bound {bound:.2e}); "
             "its head does something that Gearshift does not know"
         )
+
+
+@contextmanager
+def _replaced(holder: Any, **values: Any) -> Iterator[None]:
+    """Some attributes of an object, or entries of a dictionary, replaced for a while."""
+    own = holder if isinstance(holder, dict) else holder.__dict__
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            own.pop(name)
+        own.update(before)
 
 
 __all__ = [

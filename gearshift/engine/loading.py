@@ -2,11 +2,13 @@
 
 The model is built on the meta device. Then each module's own parameters are made real, filled on rank 0 (read from
 a safetensors file, or initialised by the model's own rule), broadcast and cut by ZeRO-3, before the next module's.
-No device ever holds the whole model; rank 0's host holds one module beside its shard.
+No device ever holds the whole model; rank 0's host holds one module, and what of a file it is read from, beside its
+shard (`benchmarks/loading.py` measures it).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 
 from gearshift.engine.distributed import World
 from gearshift.errors import UserError
+
+# Parameters loaded between two times that freed memory goes back to the system: see `_return_freed_memory`.
+TRIM_EVERY_BYTES = 64 << 20
 
 # Computed, not learned, and once saved all the same by older versions of `transformers`.
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
@@ -47,16 +52,15 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, model: Any):
         self.folder = folder
         self._file_of = self._names(model)
-        self._open: tuple[str, Any] = ("", None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def read(self, name: str) -> Tensor:
         file, key = self._file_of[name]
-        if self._open[0] != file:
-            self._open = (file, safe_open(self.folder / file, framework="pt"))
-        tensor: Tensor = self._open[1].get_tensor(key)
+        # Opened anew for each tensor: every page that was read of a mapped file counts as memory until it is closed.
+        with safe_open(self.folder / file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(key)
         return tensor
 
     def check(self, model: nn.Module, may_be_missing: Iterable[str] = ()) -> None:
@@ -115,11 +119,12 @@ class SafetensorsFolder:
 
 
 def materialise(
-    model: nn.Module,
+    model: Any,
     world: World,
     *,
     folder: Path | None,
     may_be_missing: Iterable[str] = (),
+    head_check: Callable[[Any], None] | None = None,
     seed: int = 0,
     offload: dict[str, Any] | None = None,
 ) -> None:
@@ -127,6 +132,7 @@ def materialise(
 
     `folder` None: all is initialised by the model's own rule, from `seed`, the same for any number of ranks.
     `may_be_missing`: parameters that are initialised when the folder lacks them (a new value head).
+    `head_check`: called with the model on rank 0 while the weight of its LM head is whole.
     `offload`: DeepSpeed's `zero_optimization.offload_param` section.
     Raises UserError on every rank for a missing parameter or a wrong shape. Only rank 0 reads the folder.
     """
@@ -138,27 +144,54 @@ def materialise(
             source.check(model, allowed)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    converted: dict[int, nn.Parameter] = {}
+    owners, since_trim = _owners(model), 0
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(world.device)  # DeepSpeed places parameters, not these
-        own = _make_real(module, converted)
+        own = _make_real(module, owners)
         if not own:
             continue
         if world.is_main:
             _fill(model, module, prefix, own, source if folder is not None else None, allowed)
+        if head_check is not None and any(p is model.get_output_embeddings().weight for p in own.values()):
+            with world.main_first():
+                if world.is_main:
+                    head_check(model)
+        size = sum(p.numel() * p.element_size() for p in own.values())
         _partition(own, offload or {})
+        since_trim += size
+        if since_trim >= TRIM_EVERY_BYTES:
+            _return_freed_memory()
+            since_trim = 0
+    _return_freed_memory()
     torch.set_rng_state(generator_state)
 
 
-def _make_real(module: nn.Module, converted: dict[int, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Replace a module's own meta parameters; returns the new ones. A tied parameter stays one parameter."""
+def _return_freed_memory() -> None:
+    """Where the C library can: glibc keeps what lies freed between the shards, half as much again as the shards."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Every parameter, and the modules that call it their own, under which name (a tied one has two)."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((module, name))
+    return owners
+
+
+def _make_real(module: nn.Module, owners: dict[nn.Parameter, list[tuple[nn.Module, str]]]) -> dict[str, nn.Parameter]:
+    """Replace a module's own meta parameters, wherever they are tied to; returns the new ones."""
     new = {}
     for name, meta in list(module.named_parameters(recurse=False)):
-        if id(meta) not in converted:
-            new[name] = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype), requires_grad=meta.requires_grad)
-            converted[id(meta)] = new[name]
-        module._parameters[name] = converted[id(meta)]
+        if not meta.is_meta:  # a tied one, which came with another module
+            continue
+        new[name] = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype), requires_grad=meta.requires_grad)
+        for owner, own_name in owners[meta]:
+            owner._parameters[own_name] = new[name]
     return new
 
 
@@ -205,6 +238,7 @@ def load_module(
     *,
     config: Any = None,
     may_be_missing: Callable[[nn.Module], list[str]] = lambda module: [],
+    head_check: Callable[[Any], None] | None = None,
     seed: int = 0,
     deepspeed_extra: dict[str, Any] | None = None,
 ) -> Any:
@@ -228,7 +262,15 @@ def load_module(
     if folder is not None and (folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(str(folder))
     offload = (deepspeed_extra or {}).get("zero_optimization", {}).get("offload_param")
-    materialise(module, world, folder=folder, may_be_missing=may_be_missing(module), seed=seed, offload=offload)
+    materialise(
+        module,
+        world,
+        folder=folder,
+        may_be_missing=may_be_missing(module),
+        head_check=head_check,
+        seed=seed,
+        offload=offload,
+    )
     return module
 
 

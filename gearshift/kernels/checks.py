@@ -26,6 +26,12 @@ def require_shape(shape: Sequence[int], meaning: str, **tensors: Tensor | None) 
             raise ValueError(f"{name} must be {list(shape)} ({meaning}), got {list(tensor.shape)}")
 
 
+def require_device(like: Tensor, name: str, **tensors: Tensor | None) -> None:
+    for other, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{other} must be on {like.device}, like {name}, got {tensor.device}")
+
+
 def require_mask(mask: Tensor) -> None:
     require(mask.dtype == torch.bool, f"mask must be bool, True on response tokens, got {mask.dtype}")
 

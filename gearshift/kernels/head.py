@@ -56,9 +56,24 @@ class Head:
         return (z * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
 
 
+def spans(rows: int, width: int) -> Iterator[slice]:
+    """The chunks of a vocabulary of `rows` rows."""
+    for start in range(0, rows, width):
+        yield slice(start, min(start + width, rows))
+
+
+def chunk_view(buffer: Tensor, tokens: int, span: slice) -> Tensor:
+    """The start of a flat buffer as a contiguous `[T, C]`."""
+    columns = span.stop - span.start
+    return buffer[: tokens * columns].view(tokens, columns)
+
+
 @dataclass
 class Chunks:
-    """The columns of one head, a chunk at a time, in the dtype of `x [T, H]`. One buffer serves all chunks."""
+    """The logits of one head, a chunk of columns at a time, in the dtype of `x [T, H]`; one buffer serves all chunks.
+
+    For processors: a half-precision weight is widened a chunk at a time, since its products are slow there.
+    """
 
     x: Tensor
     weight: Tensor  # [V, H]
@@ -67,27 +82,21 @@ class Chunks:
     width: int = CHUNK
 
     def __post_init__(self) -> None:
-        self._columns = min(self.width, self.weight.shape[0])
         self._buffer = self.buffer()
 
     def buffer(self) -> Tensor:
-        return self.x.new_empty(self.x.shape[0] * self._columns)
+        """Room for one more chunk of this size."""
+        return self.x.new_empty(self.x.shape[0] * min(self.width, self.weight.shape[0]))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields the chunk's rows of the weight, these rows in the dtype of x, and their logits `[T, C]`, which the
-        next chunk overwrites."""
-        for start in range(0, self.weight.shape[0], self.width):
-            span = slice(start, min(start + self.width, self.weight.shape[0]))
-            rows = self.weight[span].to(self.x.dtype)
-            z = chunk_view(self._buffer, self.x.shape[0], span)
-            if self.bias is None:
-                torch.mm(self.x, rows.T, out=z)
-            else:
-                torch.addmm(self.bias[span].to(self.x.dtype), self.x, rows.T, out=z)
-            yield span, rows, self.head.logits_(z)
+    def rows(self, span: slice) -> Tensor:
+        """The chunk's rows of the weight in the dtype of x."""
+        return self.weight[span].to(self.x.dtype)
 
-
-def chunk_view(buffer: Tensor, tokens: int, span: slice) -> Tensor:
-    """The start of a flat buffer as a contiguous `[T, C]`."""
-    columns = span.stop - span.start
-    return buffer[: tokens * columns].view(tokens, columns)
+    def logits(self, span: slice, rows: Tensor) -> Tensor:
+        """`[T, C]`, which the next call overwrites. `rows`: those of `rows(span)`."""
+        z = chunk_view(self._buffer, self.x.shape[0], span)
+        if self.bias is None:
+            torch.mm(self.x, rows.T, out=z)
+        else:
+            torch.addmm(self.bias[span].to(self.x.dtype), self.x, rows.T, out=z)
+        return self.head.logits_(z)

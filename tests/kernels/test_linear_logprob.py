@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+import itertools
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gearshift.kernels import linear_logprob
+from gearshift.kernels import linear_logprob_cpu as cpu
 from gearshift.kernels.head import CHUNK, Head
 from gearshift.kernels.linear_logprob import plain
-from gearshift.kernels.linear_logprob_chunked import chunked
+from gearshift.kernels.states import merge
+from tests.kernels.ranks import refusal, run_ranks
 
+# The package's attribute of this name is the function.
+MODULE = importlib.import_module("gearshift.kernels.linear_logprob")
 T, H, V = 23, 16, 2 * CHUNK + 809  # three chunks, the last one partial
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -117,20 +123,21 @@ def small(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck_of_the_definition_and_of_the_chunks(softcap: float | None) -> None:
+def test_gradcheck_of_the_definition_and_of_the_chunks(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, targets = small()
-    head = Head(0.8, softcap, 0.7)
+    narrow = SimpleNamespace(state=partial(cpu.state, width=4), gradients=partial(cpu.gradients, width=4))
+    monkeypatch.setattr(MODULE, "implementation", lambda hidden: narrow)
+    options = {"scale": 0.8, "softcap": softcap, "temperature": 0.7, "entropy": True}
 
     def by_definition(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return plain(hidden, weight, targets, bias=bias, scale=0.8, softcap=softcap, temperature=0.7, entropy=True)
+        return tuple(plain(hidden, weight, targets, bias=bias, **options))
 
     def by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        rows = (targets != -100).nonzero()[:, 0]
-        return chunked(hidden, weight, bias, targets, rows, head, True, None, 0, width=4)
+        return tuple(linear_logprob(hidden, weight, targets, bias=bias, **options))
 
     assert torch.autograd.gradcheck(by_definition, tensors)
     assert torch.autograd.gradcheck(by_chunks, tensors)
-    torch.testing.assert_close(by_chunks(*tensors), tuple(by_definition(*tensors)), rtol=0, atol=1e-13)
+    torch.testing.assert_close(by_chunks(*tensors), by_definition(*tensors), rtol=0, atol=1e-13)
 
 
 def test_entropy_is_that_of_the_distribution() -> None:
@@ -230,28 +237,44 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_never_holds_the_logits() -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Allocations:
+    """What is allocated within the operators, which a dispatch mode around them does not see into."""
+    seen = Allocations()
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with seen:
+                return function(*args)
+
+        return call
+
+    watched_cpu = SimpleNamespace(state=watched(cpu.state), gradients=watched(cpu.gradients))
+    monkeypatch.setattr(MODULE, "implementation", lambda hidden: watched_cpu)
+    return seen
+
+
+def test_never_holds_the_logits(seen: Allocations) -> None:
     tokens, vocab = 64, 5 * CHUNK
     hidden, weight = torch.randn(tokens, 8), torch.randn(vocab, 8)
     targets = torch.arange(tokens)
-    with Allocations() as seen:
-        run(linear_logprob, {"hidden": hidden, "weight": weight}, targets, softcap=9.0, entropy=True)
+    run(linear_logprob, {"hidden": hidden, "weight": weight}, targets, softcap=9.0, entropy=True)
     assert seen.largest <= max(tokens * CHUNK, vocab * 8) < tokens * vocab / 4
-    with Allocations() as seen:
+    with Allocations() as whole:
         run(plain, {"hidden": hidden, "weight": weight}, targets)
-    assert seen.largest >= tokens * vocab
+    assert whole.largest >= tokens * vocab
 
 
 @pytest.mark.parametrize(("frozen", "products"), [((), 9), (("weight",), 6), (("hidden",), 6)])
-def test_a_frozen_input_costs_no_gradient(frozen: tuple[str, ...], products: int) -> None:
+def test_a_frozen_input_costs_no_gradient(frozen: tuple[str, ...], products: int, seen: Allocations) -> None:
     """Three chunks: three products each for the forward, its recomputation is two more with dX and dW."""
     inputs, targets = make(bias=False), make_targets()
     for name, tensor in inputs.items():
         tensor.requires_grad_(name not in frozen)
     logprobs, _ = linear_logprob(inputs["hidden"], inputs["weight"], targets)
-    with Allocations() as seen:
-        logprobs.sum().backward()
-    assert seen.products == products
+    assert seen.products == 3
+    logprobs.sum().backward()
+    assert seen.products == 3 + products
     assert all((inputs[name].grad is None) == (name in frozen) for name in inputs)
 
 
@@ -293,49 +316,78 @@ def test_readable_errors(change: dict[str, Any], message: str) -> None:
         linear_logprob(**(good | change))
 
 
-SPLITS = [(6000, V - 6000), (0, V), (V - 1, 1)]
+# Rows of the vocabulary on each rank, by how many ranks share it: uneven, empty, a single row.
+SPLITS = {1: [(V,)], 2: [(6000, V - 6000), (0, V), (V - 1, 1)], 3: [(4000, 3000, V - 7000), (1, 0, V - 1)]}
 SPLIT_OPTIONS = {"scale": 1.1, "softcap": 6.0, "temperature": 0.9, "entropy": True}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    group, results = dist.group.WORLD, []
-    for split in SPLITS:
-        start = sum(split[:rank])
-        inputs = make()
-        for name in ("weight", "bias"):
-            inputs[name] = inputs[name][start : start + split[rank]]
-        results.append(run(linear_logprob, inputs, make_targets(), group=group, vocab_start=start, **SPLIT_OPTIONS))
-    lost = linear_logprob(torch.ones(2, H), torch.ones(4, H), torch.tensor([8, 3]), group=group, vocab_start=4 * rank)
-    none = linear_logprob(torch.ones(1, H), torch.ones(4, H), torch.tensor([-100]), group=group, vocab_start=4 * rank)
-    torch.save((results, lost.logprobs, none.logprobs), f"{folder}/rank{rank}")
-    dist.destroy_process_group()
+def _on_a_rank(rank: int) -> dict[str, Any]:
+    groups = {size: dist.new_group(list(range(size))) for size in SPLITS}
+    found: dict[str, Any] = {}
+    for size, splits in SPLITS.items():
+        for number, split in enumerate(splits if rank < size else []):
+            start = sum(split[:rank])
+            inputs = make()
+            for name in ("weight", "bias"):
+                inputs[name] = inputs[name][start : start + split[rank]]
+            found[f"{size}/{number}"] = run(
+                linear_logprob, inputs, make_targets(), group=groups[size], vocab_start=start, **SPLIT_OPTIONS
+            )
+
+    def three(targets: list[int], starts: tuple[int, int, int]) -> Any:
+        ones, group = torch.ones(len(targets), H), groups[3]
+        return linear_logprob(
+            ones, torch.ones(4, H), torch.tensor(targets), group=group, vocab_start=starts[rank]
+        ).logprobs
+
+    found["all ignored"] = three([-100, -100], (0, 4, 8)).tolist()
+    found["past the end"] = refusal(lambda: three([3, 12], (0, 4, 8)))
+    found["overlap"] = refusal(lambda: three([3], (0, 3, 7)))
+    found["gap"] = refusal(lambda: three([3], (0, 4, 9)))
+    return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}") for rank in range(2)]
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(3, _on_a_rank, tmp_path_factory.mktemp("ranks"))
 
 
-def test_split_over_two_ranks_it_is_the_whole(two_ranks: list[Any]) -> None:
+@pytest.mark.parametrize("size", list(SPLITS))
+def test_split_over_ranks_it_is_the_whole(ranks: list[dict[str, Any]], size: int) -> None:
     inputs = make()
     want = run(plain, in_fp64(inputs), make_targets(), **SPLIT_OPTIONS)
     bound = 2e-6 * max(1.0, largest_logit(inputs, SPLIT_OPTIONS))
-    for left, right in zip(two_ranks[0][0], two_ranks[1][0], strict=True):
-        for name in ("logprobs", "entropy", "dhidden"):  # the same on both ranks, bit for bit
-            assert torch.equal(left[name], right[name]), name
+    for number in range(len(SPLITS[size])):
+        first, *others = (rank[f"{size}/{number}"] for rank in ranks[:size])
+        for name in ("logprobs", "entropy", "dhidden"):  # the same on every rank, bit for bit
+            assert all(torch.equal(first[name], other[name]) for other in others), name
         for name in ("logprobs", "entropy"):
-            assert (left[name] - want[name]).abs().max() <= bound, name
-        assert relative(left["dhidden"], want["dhidden"]) <= 1e-5
+            assert (first[name] - want[name]).abs().max() <= bound, name
+        assert relative(first["dhidden"], want["dhidden"]) <= 1e-5
         for name in ("dweight", "dbias"):  # each rank has its own rows
-            assert relative(torch.cat([left[name], right[name]]), want[name]) <= 1e-5, name
+            assert relative(torch.cat([part[name] for part in (first, *others)]), want[name]) <= 1e-5, name
 
 
-def test_a_target_that_no_rank_holds_is_not_a_number(two_ranks: list[Any]) -> None:
-    for _, lost, none in two_ranks:
-        assert lost[0].isnan()
-        assert torch.isclose(lost[1], torch.tensor(1 / 8).log())
-        assert none.tolist() == [0.0]
+def test_shards_and_targets_that_do_not_fit_are_told_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["all ignored"] == [0.0, 0.0]
+        assert rank["past the end"] == "targets must be below 12, the ranks' vocabulary together, got 12"
+        assert rank["overlap"] == "the ranks' parts of the vocabulary overlap: rank 1 starts at 3, rank 0 ends at 4"
+        assert rank["gap"] == "the ranks' parts of the vocabulary leave a gap: rank 2 starts at 9, rank 1 ends at 8"
+
+
+def test_eight_parts_merge_into_the_whole() -> None:
+    """As eight ranks would, one after the other in this process; a target in the next part's range is not taken."""
+    inputs, targets = make(), make_targets()
+    rows = (targets != -100).nonzero()[:, 0]
+    edges = torch.linspace(0, V, 9).long().tolist()
+    parts = [
+        cpu.state(inputs["hidden"][rows], inputs["weight"][a:b], inputs["bias"][a:b], targets[rows] - a, Head(), True)
+        for a, b in itertools.pairwise(edges)
+    ]
+    top, total, numerator, chosen = merge(torch.stack(parts)).unbind(1)
+    want = plain(**in_fp64(inputs), targets=targets, entropy=True)
+    bound = 2e-6 * largest_logit(inputs, {})
+    assert (chosen - top - total.log() - want.logprobs[rows]).abs().max() <= bound
+    assert want.entropy is not None
+    assert (total.log() - numerator / total - want.entropy[rows]).abs().max() <= bound

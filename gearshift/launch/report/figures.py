@@ -167,7 +167,7 @@ def draw_pretraining_loss(material: Material, axes: Axes, size: float = style.TE
             notes += (f"systems.json has no pretraining_loss for {name}.",)
     if dashed:
         notes += (f"Dashed: {' and '.join(dashed)}, as the comparison measured them.",)
-    axes.set_title("Loss on held-out pretraining text, nats per token")
+    axes.set_title("Loss on pretraining text, nats a token")
     axes.margins(y=0.08)
     style.end_labels(axes, ends if len(ends) > 1 else [], size)
     x_axis(axes, "PPO iterations")

@@ -1,0 +1,160 @@
+"""`linear_logprob` on processors, chunk by chunk of the vocabulary: one sweep forward, recomputed backward.
+
+Letters: T tokens, H hidden, V vocabulary rows of this rank, C columns of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gearshift.kernels.head import CHUNK, Chunks, Head, chunk_view, spans
+from gearshift.kernels.states import FLOOR, empty_states, finite, merge
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def state(
+    x: Tensor, weight: Tensor, bias: Tensor | None, local: Tensor, head: Head, entropy: bool, width: int = CHUNK
+) -> Tensor:
+    """The states `[T, 4]` over this rank's vocabulary, in the dtype of `x [T, H]`.
+
+    `local [T]`: each target's row in `weight`, if it is here. Without `entropy` the numerators are 0.
+    """
+    found = empty_states(x.shape[0], 4, x)
+    chunks = Chunks(x, weight, bias, head, width)
+    scratch = chunks.buffer() if entropy else None
+    for span in spans(weight.shape[0], width):
+        z = chunks.logits(span, chunks.rows(span))
+        found = merge(torch.stack([found, _chunk_state(z, local - span.start, span, scratch)]))
+    return found
+
+
+def gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    local: Tensor,
+    head: Head,
+    slopes: Slopes,
+    wanted: tuple[bool, bool, bool],
+    width: int = CHUNK,
+) -> Gradients:
+    """dX `[T, H]` in the dtype of x (this rank's part of the sum), dW and db in their inputs' dtypes."""
+    sums = GradientSums(x, weight, bias, wanted)
+    chunks = Chunks(x, weight, bias, head, width)
+    scratch = None if slopes.of_plogp is None else chunks.buffer()
+    for span in spans(weight.shape[0], width):
+        rows = chunks.rows(span)
+        z = chunks.logits(span, rows)
+        tanh_slope = head.tanh_slope(z)
+        dz = slopes.logit_gradient(z, local - span.start, room(scratch, x.shape[0], span))
+        sums.add(span, rows, dz if tanh_slope is None else dz.mul_(tanh_slope))
+    return sums.dx, sums.dweight, sums.dbias
+
+
+def _chunk_state(z: Tensor, column: Tensor, span: slice, scratch: Tensor | None) -> Tensor:
+    """The states of one chunk; overwrites z."""
+    target = target_logit(z, column)
+    top = z.amax(dim=1)
+    z.sub_(finite(top)[:, None])
+    if scratch is None:
+        total = z.exp_().sum(dim=1)
+        return torch.stack([top, total, torch.zeros_like(total), target], dim=1)
+    p = torch.exp(z, out=chunk_view(scratch, z.shape[0], span))
+    return torch.stack([top, p.sum(dim=1), weighted_sum(p, z), target], dim=1)
+
+
+def weighted_sum(p: Tensor, values: Tensor) -> Tensor:
+    """Σ p·values of each row, where p = 0 adds 0 even if the value is infinite. May overwrite `values`."""
+    total = torch.linalg.vecdot(p, values)
+    if not bool(total.isnan().any()):
+        return total
+    return values.mul_(p).masked_fill_(p == 0, 0.0).sum(dim=1)  # a logit of −inf: rare enough to look twice
+
+
+def target_logit(z: Tensor, column: Tensor) -> Tensor:
+    """`[T]`: the target's logit where its column lies in this chunk, else NaN."""
+    hit, column = hits(column, z)
+    return torch.where(hit, z.gather(1, column[:, None])[:, 0], torch.nan)
+
+
+def hits(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each target's column lies in this chunk, and a column that is safe to read and write."""
+    return (column >= 0) & (column < z.shape[1]), column.clamp(0, z.shape[1] - 1)
+
+
+def room(scratch: Tensor | None, tokens: int, span: slice) -> Tensor | None:
+    """A chunk's view of a buffer that may not be needed."""
+    return None if scratch is None else chunk_view(scratch, tokens, span)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """dloss/dproduct of a token and column, from per-token numbers `[T]`, all but the soft-cap's slope folded in.
+
+    With p = e^{z−m} / s: dz = g·(1[target] − p) − g_H·p·(log p + H), and log p + H = z − m − e/s.
+    A token without a distribution (all logits −inf) has none.
+    """
+
+    top: Tensor
+    at_target: Tensor  # g
+    of_p: Tensor  # −g / s, to be multiplied by e^{z−m}
+    of_plogp: Tensor | None  # −g_H / s; None without an entropy's gradient
+    centre: Tensor  # e / s
+
+    @classmethod
+    def of(cls, state: Tensor, slope: float, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Slopes:
+        """`state [T, 4]` and the gradients `[T]` of the tokens that have a target; `slope`: the head's."""
+        top, total, numerator, _ = state.unbind(1)
+        dead = total == 0
+        total = total.masked_fill(dead, 1.0)
+        g = torch.zeros_like(top) if grad_logprobs is None else grad_logprobs.mul(slope).masked_fill(dead, 0.0)
+        of_plogp = None if grad_entropy is None else -grad_entropy.mul(slope).masked_fill(dead, 0.0) / total
+        return cls(finite(top), g, -g / total, of_plogp, numerator / total)
+
+    def logit_gradient(self, z: Tensor, column: Tensor, scratch: Tensor | None) -> Tensor:
+        """`[T, C]`; overwrites z. `scratch` (of z's shape) is needed for the entropy's gradient only."""
+        z.sub_(self.top[:, None])
+        if self.of_plogp is None:
+            dz = z.exp_().mul_(self.of_p[:, None])
+        else:
+            p = torch.exp(z.clamp_(min=FLOOR), out=scratch)
+            dz = z.sub_(self.centre[:, None]).mul_(self.of_plogp[:, None]).add_(self.of_p[:, None]).mul_(p)
+        return add_at_target(dz, column, self.at_target)
+
+
+def add_at_target(dz: Tensor, column: Tensor, values: Tensor) -> Tensor:
+    """Adds each token's value where its target's column lies in this chunk, in place."""
+    hit, column = hits(column, dz)
+    # One entry per token: no two additions meet, so the order of the threads cannot show.
+    return dz.scatter_add_(1, column[:, None], torch.where(hit, values, 0.0)[:, None])
+
+
+class GradientSums:
+    """dX, dW and db of one head, as its chunks come; None where not wanted."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]):
+        self._x = x
+        self.dx = torch.zeros_like(x) if wanted[0] else None
+        self.dweight = torch.empty_like(weight) if wanted[1] else None
+        self.dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
+
+    def add(self, span: slice, rows: Tensor, dz: Tensor) -> None:
+        """`rows [C, H]` of the weight, `dz [T, C]`."""
+        if self.dx is not None:
+            self.dx.addmm_(dz, rows)
+        if self.dweight is not None:
+            product_into(self.dweight[span], dz.T, self._x)
+        if self.dbias is not None:
+            self.dbias[span] = dz.sum(dim=0)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out ← left·right with one rounding: one product over all tokens, no sum in a narrower dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
