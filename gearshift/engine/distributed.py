@@ -47,17 +47,20 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Work that only rank 0 can fail at: a UserError raised there is raised on every rank, so that none waits."""
-        error: UserError | None = None
+        """Work that only rank 0 can fail at: when it does, every rank stops here, so that none waits for it.
+
+        Rank 0 raises its own exception; the others a UserError of the same words, or a RuntimeError that names it.
+        """
+        error: Exception | None = None
         try:
             yield
-        except UserError as caught:
+        except Exception as caught:
             error = caught
-        told = [str(error) if error else None]
+        told: list[Exception | None] = [_to_other_ranks(error) if self.is_main else None]
         if self.size > 1:
             dist.broadcast_object_list(told, src=0, device=self.device)
         if error or told[0]:
-            raise error or UserError(str(told[0]))
+            raise error or told[0]  # type: ignore[misc]
 
     def max(self, value: float) -> float:
         """Largest of one number per rank."""
@@ -65,6 +68,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
+
+
+def _to_other_ranks(error: Exception | None) -> Exception | None:
+    """What the other ranks raise for rank 0's exception, whose own type they may not be able to unpickle."""
+    if error is None or type(error) is UserError:
+        return error
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
 
 
 def init_distributed() -> World:

@@ -9,7 +9,6 @@ shard (`benchmarks/loading.py` measures it).
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gearshift.engine.distributed import World
-from gearshift.errors import UserError
+from gearshift.engine.folder import weight_files
+from gearshift.errors import SettingError, UserError, one_line
 
 # Parameters loaded between two times that freed memory goes back to the system: see `_return_freed_memory`.
 TRIM_EVERY_BYTES = 64 << 20
@@ -28,12 +28,19 @@ TRIM_EVERY_BYTES = 64 << 20
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
-def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model with parameters on the meta device and real buffers (`inv_freq` and the like are computed)."""
+def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype, origin: str = "config.json") -> Any:
+    """The model with parameters on the meta device and real buffers (`inv_freq` and the like are computed).
+
+    Raises SettingError, naming the config's `origin` (a file or a setting), for a model that cannot be.
+    """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        model = auto_class.from_config(config, dtype=dtype)
+    _check_head_exists(auto_class, config, origin)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(config, dtype=dtype)
+    except Exception as error:  # sizes that do not fit, an unknown activation ...: each family raises its own types
+        raise SettingError(origin, f"no {config.model_type} can be built from it: {one_line(error)}") from error
     model.tie_weights()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -41,6 +48,18 @@ def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
             # to EOS is a token like any other) and look for it in a slice of the vocabulary that lacks it.
             module.padding_idx = None
     return model
+
+
+HEADS = {"AutoModelForCausalLM": "causal language model", "AutoModelForSequenceClassification": "sequence classifier"}
+
+
+def _check_head_exists(auto_class: Any, config: Any, origin: str) -> None:
+    """`transformers` has this kind of model for the family (Cohere and Granite, for one, have no classifier)."""
+    if type(config) not in auto_class._model_mapping:
+        kind = HEADS.get(auto_class.__name__, auto_class.__name__)
+        raise SettingError(
+            origin, f"transformers has no {kind} for {config.model_type}: use another family, such as llama or qwen2"
+        )
 
 
 class SafetensorsFolder:
@@ -96,7 +115,7 @@ class SafetensorsFolder:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         own = model.state_dict()
         names = {}
-        for key, file in self._files().items():
+        for key, file in weight_files(self.folder).items():
             name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
             if converted is not None:
                 raise UserError(
@@ -105,17 +124,6 @@ class SafetensorsFolder:
                 )
             names[name] = (file, key)
         return names
-
-    def _files(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return weight_map
-        single = self.folder / "model.safetensors"
-        if not single.exists():
-            raise UserError(f"{self.folder}: no model.safetensors (or .index.json) in this folder")
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
 
 
 def materialise(
@@ -247,20 +255,18 @@ def load_module(
     Collective. Dropout is off in every model; `module.dropout_rates` are the config's own, for saving.
     Raises UserError for missing, misshapen or unknown weights.
     """
-    from transformers import AutoConfig, GenerationConfig
-
     folder = None
     with world.main_first():
         folder = None if init == "config" else resolve_folder(init, world)
     if config is None:
-        config = AutoConfig.from_pretrained(str(folder))
+        config = config_of(str(folder))
     rates = dropout_rates(config)
     for name in rates:
         setattr(config, name, 0.0)
-    module = build_on_meta(auto_class, config, dtype)
+    module = build_on_meta(auto_class, config, dtype, "policy.config" if folder is None else f"{init}/config.json")
     module.dropout_rates = rates
     if folder is not None and (folder / "generation_config.json").exists():
-        module.generation_config = GenerationConfig.from_pretrained(str(folder))
+        module.generation_config = _generation_config(folder)
     offload = (deepspeed_extra or {}).get("zero_optimization", {}).get("offload_param")
     materialise(
         module,
@@ -274,6 +280,25 @@ def load_module(
     return module
 
 
+def config_of(init: str, **changes: Any) -> Any:
+    """The `transformers` config of a folder or hub name. Raises UserError: no JSON, an unknown model_type, ..."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(init, **changes)
+    except Exception as error:  # whatever the hub, the JSON parser and the family's own checks raise
+        raise UserError(f"{init}/config.json: {one_line(error)}") from error
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder}/generation_config.json: {one_line(error)}") from error
+
+
 def resolve_folder(init: str, world: World) -> Path:
     """A local folder as it is, a hub name downloaded once per host. Raises UserError when neither is there."""
     if Path(init).is_dir():
@@ -283,7 +308,7 @@ def resolve_folder(init: str, world: World) -> Path:
     try:
         return Path(snapshot_download(init, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:
-        raise UserError(f"{init}: neither a folder nor a model that the hub gives ({error})") from error
+        raise UserError(f"{init}: neither a folder nor a model that the hub gives ({one_line(error)})") from error
 
 
 def dropout_rates(config: Any) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gearshift.engine.batches import Rollouts, join_responses
 from gearshift.engine.distributed import World
 from gearshift.engine.heads import bind_value_head, value_head_of
-from gearshift.engine.loading import load_module
+from gearshift.engine.loading import config_of, load_module
 from gearshift.engine.zero import Training, ZeroModel
 
 
@@ -37,11 +37,11 @@ class RewardModel(ZeroModel):
 
         The new head's weights are drawn from N(0, 1/(H+1)) (Stiennon et al. 2009.01325, code).
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
         config = None
         if new_head:
-            config = AutoConfig.from_pretrained(init, num_labels=1)
+            config = config_of(init, num_labels=1)
             config.problem_type = "regression"
             config.reward_bias = 0.0
         module = load_module(

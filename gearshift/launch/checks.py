@@ -1,16 +1,16 @@
 """Settings against each other, the rank count and the small files that they name, before any process starts.
 
-Everything here is cheap: of a model folder only config.json and the tokenizer's vocabulary are read.
+Everything here is cheap: of a model folder only the small files and the headers of the weights are read. The config of
+a new model alone takes seconds, since `transformers` is asked whether such a model can be.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
 
-from gearshift.errors import UserError
+from gearshift.errors import SettingError
 from gearshift.launch import folders
+from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
 from gearshift.launch.rows import readers, row_problems
 from gearshift.rlhf.settings import (
     CompareConfig,
@@ -37,14 +37,6 @@ TRACKERS = {
 }
 
 
-class SettingError(UserError):
-    """`field` ("ppo.batch_size") cannot be what it is; `problem` says why and what would be right."""
-
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field}: {problem}")
-        self.field, self.problem = field, problem
-
-
 def check(config: Config, ranks: int) -> None:
     """Raises SettingError for the first combination that cannot run on `ranks` processes."""
     if config.run.ranks not in (None, ranks):
@@ -56,13 +48,14 @@ def check(config: Config, ranks: int) -> None:
         _check_pretraining_mix(config)
     if isinstance(config, PpoConfig):
         _check_ppo_batches(config, ranks)
-        if config.ptx.coef > 0 and not config.ptx.data:
-            raise SettingError("ptx.data", "needed with ptx.coef above 0: sources of pretraining text")
+        _check_adaptive_kl(config)
+        _check_ptx(config)
     if isinstance(config, PpoConfig | CompareConfig) and ranks % config.rollout.tp_size:
-        fitting = _numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
+        fitting = numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
         raise SettingError(
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
+    check_run_folder(config)
     if isinstance(config, CompareConfig):
         _check_unread(config)
         _check_checker(config.compare.true_score)
@@ -71,7 +64,8 @@ def check(config: Config, ranks: int) -> None:
         _check_tokenizer_settings(config)
         _check_trackers(config)
     _check_sources(config)
-    _check_models(config, ranks)
+    check_models(config, ranks)
+    _check_prompt_form(config)
     for field, problem in row_problems(config):
         raise SettingError(field, problem)
 
@@ -95,7 +89,7 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
     _divides("ppo.batch_size", ppo.batch_size, ranks, f"the {ranks} ranks (run.ranks)", step)
     _divides("ppo.batch_size", ppo.batch_size, ppo.minibatches, f"ppo.minibatches = {ppo.minibatches}", step)
     if ppo.minibatch_size % ranks:
-        fitting = _numbers(m for m in range(1, ppo.batch_size // ranks + 1) if ppo.batch_size // ranks % m == 0)
+        fitting = numbers(m for m in range(1, ppo.batch_size // ranks + 1) if ppo.batch_size // ranks % m == 0)
         raise SettingError(
             "ppo.minibatches",
             f"{ppo.minibatches} makes minibatches of {ppo.minibatch_size} episodes (of ppo.batch_size = "
@@ -104,11 +98,28 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
     _divides("ppo.episodes", ppo.episodes, ppo.batch_size, f"ppo.batch_size = {ppo.batch_size}")
 
 
-def _numbers(values: Iterator[int]) -> str:
-    found = list(values)
-    if len(found) > 8:
-        return f"{', '.join(map(str, found[:4]))} ... {found[-1]}"
-    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
+def _check_adaptive_kl(config: PpoConfig) -> None:
+    kl, episodes = config.ppo.kl, config.ppo.batch_size
+    if kl.target is None:
+        return
+    if kl.coef == 0:
+        raise SettingError("ppo.kl.coef", "0 times anything stays 0, so ppo.kl.target would do nothing: start at 0.02")
+    # The largest step down multiplies by 1 - 0.2 batch_size / horizon, which must stay above 0.
+    if 5 * kl.horizon <= episodes:
+        raise SettingError(
+            "ppo.kl.horizon",
+            f"{kl.horizon} is so short that one iteration of ppo.batch_size = {episodes} can take ppo.kl.coef to 0 for "
+            f"ever: use at least {episodes // 5 + 1}, better several times ppo.batch_size (Ziegler et al.: 10000)",
+        )
+
+
+def _check_ptx(config: PpoConfig) -> None:
+    if config.ptx.coef > 0 and not config.ptx.data:
+        raise SettingError("ptx.data", "needed with ptx.coef above 0: sources of pretraining text")
+    if config.ptx.data and config.ptx.coef == 0:
+        raise SettingError(
+            "ptx.data", "with ptx.coef 0 this is plain PPO: set ptx.coef (InstructGPT 27.8), or leave ptx.data out"
+        )
 
 
 def _check_unread(config: CompareConfig) -> None:
@@ -173,8 +184,6 @@ def _check_tokenizer_settings(config: PretrainConfig | PpoConfig) -> None:
         raise SettingError("data.prompt_template", "is not used with data.chat_template: true; leave out one of them")
     if new_model and not policy.config:
         raise SettingError("policy.config", "needed with policy.init: config (model_type: llama, hidden_size: ...)")
-    if new_model and "model_type" not in (policy.config or {}):
-        raise SettingError("policy.config.model_type", "missing: a transformers model type, such as llama")
     if policy.config and not new_model:
         raise SettingError("policy.config", f"only with policy.init: config, not with policy.init: {policy.init}")
     if data.tokenizer is None and new_model:
@@ -200,6 +209,19 @@ def _check_trackers(config: PretrainConfig | PpoConfig) -> None:
             raise SettingError("tracking.trackers", f"{name} is not installed: pip install {TRACKERS[name]}")
 
 
+def _check_prompt_form(config: Config) -> None:
+    data = config.data
+    if data.prompt_template.count("{prompt}") != 1:
+        raise SettingError("data.prompt_template", f"should hold {{prompt}} once, not {data.prompt_template!r}")
+    tokenizer = tokenizer_folder(config)
+    if data.chat_template and folders.has_chat_template(tokenizer) is False:
+        raise SettingError(
+            "data.chat_template",
+            f"the tokenizer of {tokenizer} has no chat template (tokenizer_config.json or chat_template.jinja): "
+            "set data.prompt_template instead",
+        )
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -209,117 +231,4 @@ def _check_sources(config: Config) -> None:
         raise SettingError(needed, "missing: sources (.jsonl, .jsonl.gz, .parquet, .txt or a hub name)")
     for field, sources, _ in readers(config):
         for source in sources:
-            _fails(field, folders.source_problem(source))
-
-
-def _check_models(config: Config, ranks: int) -> None:
-    tokenizer = config.data.tokenizer
-    if tokenizer not in (None, "train"):
-        _fails("data.tokenizer", folders.tokenizer_problem(str(tokenizer)))
-    if isinstance(config, CompareConfig):
-        for name, system in config.systems.items():
-            _check_writer(f"systems.{name}.init", system.init, config, ranks)
-        _fails("reference.init", folders.model_problem(config.reference.init))
-        _fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
-    if isinstance(config, PretrainConfig):
-        _check_trained(config)
-    if isinstance(config, PpoConfig):
-        _check_writer("policy.init", config.policy.init, config, ranks)
-        _fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
-        _check_companions(config)
-
-
-def _fails(field: str, problem: str | None) -> None:
-    if problem:
-        raise SettingError(field, problem)
-
-
-def _check_trained(config: PretrainConfig) -> None:
-    """A model that a supervised stage trains: there, and with as many positions as its sequences need."""
-    policy, data = config.policy, config.data
-    if policy.init != "config":
-        _fails("policy.init", folders.model_problem(policy.init))
-        if data.tokenizer is None:
-            _fails("policy.init", folders.tokenizer_problem(policy.init))
-    positions = _number(_model_config(config, policy.init), "max_position_embeddings", "n_positions")
-    if positions and data.max_tokens > positions:
-        raise SettingError(
-            "data.max_tokens",
-            f"{data.max_tokens} is more than the model's {positions} positions: use at most {positions}",
-        )
-
-
-def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, ranks: int) -> None:
-    """A model that answers prompts: there, its heads divisible, with as many positions as prompt and answer need."""
-    if init != "config":
-        _fails(field, folders.model_problem(init, classifier=False))
-        if config.data.tokenizer is None:
-            _fails(field, folders.tokenizer_problem(init))
-    model = _model_config(config, init)
-    tp, prompt, response = config.rollout.tp_size, config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    heads = _number(model, "num_attention_heads", "n_head", "num_heads")
-    kv_heads = _number(model, "num_key_value_heads") or heads
-    if heads and kv_heads and not _heads_split(heads, kv_heads, tp):
-        fitting = _numbers(t for t in range(1, ranks + 1) if ranks % t == 0 and _heads_split(heads, kv_heads, t))
-        raise SettingError(
-            "rollout.tp_size", f"{tp} does not divide the {heads} attention heads ({kv_heads} for keys) of {init}: "
-            f"use {fitting}"
-        )  # fmt: skip
-    positions = _number(model, "max_position_embeddings", "n_positions")
-    if positions and (config.ptx.data or config.ptx.validation) and config.ptx.max_tokens > positions:
-        raise SettingError(
-            "ptx.max_tokens", f"{config.ptx.max_tokens} is more than the {positions} positions of {init}"
-        )
-    if positions and prompt + response > positions:
-        raise SettingError(
-            "rollout.max_new_tokens",
-            f"{response}, with data.max_prompt_tokens = {prompt}, is more than the {positions} positions of {init}: "
-            f"keep their sum at {positions} or below",
-        )
-
-
-def _heads_split(heads: int, kv_heads: int, tp: int) -> bool:
-    # Fewer key heads than ranks are repeated, so either may divide the other.
-    return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
-
-
-def _model_config(config: Config, init: str) -> dict[str, Any]:
-    policy = getattr(config, "policy", None)
-    if init == "config" and policy is not None:
-        return policy.config or {}
-    return folders.model_config(init) or {}
-
-
-def _number(model: dict[str, Any], *names: str) -> int | None:
-    """The first of these fields that a config.json has, in its text part too."""
-    for values in (model, model.get("text_config") or {}):
-        for name in names:
-            if isinstance(values.get(name), int):
-                return int(values[name])
-    return None
-
-
-def _check_companions(config: PpoConfig) -> None:
-    """Critic and reference read the policy's token ids, so they must mean the same tokens."""
-    policy = config.data.tokenizer or config.policy.init
-    critic, reference = config.critic.init, config.reference.init
-    if critic != "reward":
-        _fails("critic.init", folders.model_problem(critic))
-    if reference != "policy":
-        _fails("reference.init", folders.model_problem(reference, classifier=False))
-    critic_folder = config.reward.init if critic == "reward" else critic
-    if folders.same_vocabulary(policy, critic_folder) is False:
-        of = f"the reward model {critic_folder}" if critic == "reward" else critic_folder
-        raise SettingError(
-            "critic.init",
-            f"the tokenizer of {of} is not that of {policy}, so it cannot start the critic: "
-            "set critic.init to a folder with the policy's tokenizer",
-        )
-    if folders.same_vocabulary(policy, config.reward.init) is False:
-        raise SettingError(
-            "reward.init", f"its tokenizer is not that of {policy}, which is not supported yet: use one with the same"
-        )
-    if reference != "policy" and folders.same_vocabulary(policy, reference) is False:
-        raise SettingError(
-            "reference.init", f"its tokenizer is not that of {policy}: use a model with the policy's tokenizer"
-        )
+            fails(field, folders.source_problem(source))

@@ -9,13 +9,14 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gearshift.errors import UserError
-from gearshift.launch.checks import SettingError, check
+from gearshift.errors import SettingError, UserError, one_line
+from gearshift.launch.checks import check
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 CONFIGS: dict[str, type[Config]] = {
@@ -53,7 +54,7 @@ def load(
     """
     source = _Source(Path(path))
     for key, text in overrides:
-        source.override(key, text)
+        source.override(key, _typed(text, _annotation(CONFIGS[command], key.split("."))))
     try:
         config = validate(command, source.values)
         if ranks is not None:
@@ -136,11 +137,7 @@ class _Source:
             return "command line"  # a section that the file does not have
         return f"{self.path}:{line}" if line else str(self.path)
 
-    def override(self, key: str, text: str) -> None:
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            value = text  # such as "{prompt}: why?", which is text and not broken YAML
+    def override(self, key: str, value: Any) -> None:
         *sections, name = key.split(".")
         inner = self.values
         for section in sections:
@@ -155,14 +152,18 @@ class _Source:
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
             raise UserError(f"{self.path}: there is no such config file (relative to {Path.cwd()})")
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
         try:
             node = yaml.compose(text, _Loader)
             values = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             at = f":{mark.line + 1}" if mark else ""
-            raise UserError(f"{self.path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from None
+            problem = getattr(error, "problem", None) or one_line(error)
+            raise UserError(f"{self.path}{at}: not YAML: {problem}") from None
         if values is None:
             values = {}
         if not isinstance(values, dict):
@@ -172,6 +173,33 @@ class _Source:
                 raise UserError(f"{self.path}:{line}: {key}: set twice, first in line {self.lines[key]}")
             self.lines[key] = line
         return values
+
+
+def _typed(text: str, annotation: Any) -> Any:
+    """The value that an override's text stands for: YAML, except where the field is text.
+
+    As YAML, "{prompt}" would be a mapping, a line's end a space, and what follows " #" a comment.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    optional = get_origin(annotation) in (Union, UnionType) and str in get_args(annotation)
+    if annotation is not str and not optional:
+        return value
+    quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
+    return value if quoted or (optional and value is None) else text
+
+
+def _annotation(section: Any, path: list[str]) -> Any:
+    """The type of the field at `path` ("systems", "NAME", "prefix"); None for one that is not there."""
+    if not path:
+        return section
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        info = section.model_fields.get(path[0])
+        return _annotation(info.annotation, path[1:]) if info else None
+    named = [argument for argument in get_args(section) if _inner(argument)]
+    return _annotation(named[0], path[1:]) if named else None
 
 
 def _keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""What a config names: model folders, tokenizers and data files. Only their small files are read.
+"""What a config names: model folders, tokenizers and data files. Only their small files and headers are read.
 
 A name is a path when it exists, or when it looks like one (./x, runs/x where runs/ is a folder here, x.jsonl);
 `owner/name` is otherwise left to the hub, which answers when the processes load it.
@@ -6,15 +6,15 @@ A name is a path when it exists, or when it looks like one (./x, runs/x where ru
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+from gearshift.engine.folder import config_number, read_object, weight_files
+from gearshift.errors import UserError
+from gearshift.rlhf.data.vocabulary import has_tokenizer, read_vocabulary, rows_needed, too_small
 
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 
 HUB_MODEL = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_DATA = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(:[\w.+\[\]:%-]+)?")  # owner/name/configuration:split
@@ -38,23 +38,25 @@ def model_problem(name: str, classifier: bool | None = None) -> str | None:
         inner = next((f for f in ("model", "final") if (folder / f / "config.json").is_file()), None)
         return f"{name} has no config.json" + (f": did you mean {name.rstrip('/')}/{inner}?" if inner else "")
     try:
-        architectures = model_config(name)["architectures"] or []  # type: ignore[index]
-    except ValueError as error:
-        return f"{name}/config.json is not JSON: {error}"
-    except KeyError:
-        return None
+        architectures = read_object(folder / "config.json").get("architectures") or []
+    except UserError as error:
+        return str(error)
     heads = [a for a in architectures if a.endswith("ForSequenceClassification")]
     if classifier is True and architectures and not heads:
         return f"{name} is a {architectures[0]}, not a reward model (a sequence-classification folder)"
     if classifier is False and heads:
         return f"{name} is a {heads[0]}, which cannot write text: use a causal language model"
+    try:
+        weight_files(folder)
+    except UserError as error:
+        return str(error)
     return None
 
 
 def model_config(name: str) -> dict[str, Any] | None:
-    """A folder's config.json; None where there is none to read here (a hub name). ValueError: not JSON."""
+    """A folder's config.json; None where there is none to read here (a hub name). Raises UserError."""
     path = Path(name) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def tokenizer_problem(name: str) -> str | None:
@@ -63,9 +65,38 @@ def tokenizer_problem(name: str) -> str | None:
         return None
     if not Path(name).is_dir():
         return f"there is no tokenizer folder {name} (relative to {Path.cwd()}), and it is not a hub name (owner/name)"
-    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+    if not has_tokenizer(Path(name)):
         return f"{name} has no tokenizer (tokenizer.json): save one there or set data.tokenizer"
+    return vocabulary_problem(name)
+
+
+def vocabulary_problem(name: str) -> str | None:
+    """Why a folder's tokenizer.json cannot be read, or None (also where there is none)."""
+    try:
+        read_vocabulary(Path(name))
+    except UserError as error:
+        return str(error)
     return None
+
+
+def has_chat_template(name: str) -> bool | None:
+    """Whether a tokenizer folder has a chat template; None where that cannot be seen here (a hub name)."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_object(config).get("chat_template"))
+
+
+def room_problem(model: str, tokenizer: str) -> str | None:
+    """Why a model's embedding is too small for a tokenizer, or None (also where that cannot be seen here)."""
+    vocabulary = read_vocabulary(Path(tokenizer))
+    rows = config_number(model_config(model) or {}, "vocab_size")
+    if vocabulary is None or rows is None or rows >= rows_needed(vocabulary):
+        return None
+    return f"{model}: {too_small(rows, rows_needed(vocabulary))}"
 
 
 def source_problem(source: str) -> str | None:
@@ -83,29 +114,11 @@ def source_problem(source: str) -> str | None:
 
 
 def same_vocabulary(one: str, other: str) -> bool | None:
-    """Whether two folders' tokenizers give the same ids to the same tokens; None where that cannot be seen here."""
+    """Whether two folders' tokenizers give the same ids to the same tokens.
+
+    None unless both have a tokenizer.json: the ranks load and compare whatever else is there.
+    """
     if Path(one) == Path(other):
         return True
-    for read in (_vocabulary, *(lambda f, n=n: _bytes(f, n) for n in ("tokenizer.model", "vocab.json", "vocab.txt"))):
-        a, b = read(Path(one)), read(Path(other))
-        if a is not None and b is not None:
-            return a == b
-    return None
-
-
-def _vocabulary(folder: Path) -> str | None:
-    """Hash of every (token, id) of a tokenizer.json, added tokens included."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocab = content.get("model", {}).get("vocab", {})
-    # BPE and WordPiece: token -> id. Unigram: [token, score] in the order of ids.
-    tokens = dict(vocab) if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
-    tokens.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
-    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
-
-
-def _bytes(folder: Path, name: str) -> str | None:
-    path = folder / name
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    a, b = read_vocabulary(Path(one)), read_vocabulary(Path(other))
+    return None if a is None or b is None else a == b

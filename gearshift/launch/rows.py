@@ -7,9 +7,17 @@ from itertools import islice
 from typing import Any
 
 from gearshift.errors import UserError
-from gearshift.rlhf.data.formats import Keys, read_comparison, read_demonstration, read_document, read_prompt
+from gearshift.rlhf.data.formats import (
+    Keys,
+    plain_prompt,
+    read_comparison,
+    read_demonstration,
+    read_document,
+    read_prompt,
+    require_prompt,
+)
 from gearshift.rlhf.data.sources import Record, is_local, rows_of
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, RewardConfig, SftConfig
+from gearshift.rlhf.settings import CompareConfig, Config, DataSettings, PpoConfig, RewardConfig, SftConfig
 
 # Rows looked at of each local file: a tenth of a second. The ranks read the rest, and stop with the same line.
 ROWS = 10_000
@@ -24,9 +32,16 @@ def row_problems(config: Config) -> Iterator[tuple[str, str]]:
         for source in filter(is_local, sources):
             try:
                 for record in islice(rows_of(source), ROWS):
-                    read(record, keys)
+                    _check_prompt(record, read, read(record, keys), config.data)
             except UserError as error:
                 yield field, str(error)
+
+
+def _check_prompt(record: Record, read: Reader, row: Any, data: DataSettings) -> None:
+    """A row that holds a prompt holds one that is not empty (a chat template adds text of its own)."""
+    if read is not read_document and not data.chat_template:
+        prompt = row if read is read_prompt else row.prompt
+        require_prompt(record.origin, plain_prompt(prompt, data.prompt_template))
 
 
 def readers(config: Config) -> Iterator[tuple[str, list[str], Reader]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +20,17 @@ from gearshift.rlhf.settings import Config
 
 
 class Tracker:
-    """The writer of one run folder; a run that was there before is overwritten, file by file."""
+    """The writer of one run folder. What an earlier run wrote there as it went is removed, so that no two are mixed.
+
+    Its results (model/, systems.json ...) stay until this run's, which replace them.
+    """
 
     def __init__(self, folder: str | Path, trackers: Sequence[str], config: Config):
         """Creates the folder and writes config.yaml. `trackers`: accelerate's names. Raises UserError."""
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _clear(self.folder)
             self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
             self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
         except OSError as error:
@@ -56,6 +61,16 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run's dashboards and report, which the new run's files would join instead of replacing."""
+    if not (folder / "metrics.jsonl").is_file():
+        return  # no run was here: whatever else is, is not ours
+    for name in ("tensorboard", "report"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    (folder / "report.html").unlink(missing_ok=True)
 
 
 def _write(file: Any, row: dict[str, Any]) -> None:

@@ -54,9 +54,11 @@ def compare(config: CompareConfig, report: Report) -> None:
     """
     world = init_distributed()
     checker = load_checker(config.compare.true_score)
-    first = next(iter(config.systems.values()))
-    tokenizer = tokenizer_of(config.data, first.init)
-    for field, init in [("reward.init", config.reward.init), ("reference.init", config.reference.init)]:
+    first, system = next(iter(config.systems.items()))
+    tokenizer = tokenizer_of(config.data, system.init, f"systems.{first}.init")
+    named = {"reward.init": config.reward.init, "reference.init": config.reference.init}
+    named |= {f"systems.{name}.init": system.init for name, system in config.systems.items()}
+    for field, init in named.items():
         require_same_tokens(tokenizer, init, field)
     encoder = encoder_of(config.data, tokenizer)
     prompts = load_rows("data.validation", config.data.validation, encoder.prompts, report, config.compare.prompts)
@@ -66,7 +68,6 @@ def compare(config: CompareConfig, report: Report) -> None:
     systems: dict[str, dict[str, float]] = {}
     report.start([], len(config.systems))
     for number, (name, system) in enumerate(config.systems.items(), 1):
-        require_same_tokens(tokenizer, system.init, f"systems.{name}.init")
         answers, text_loss = _answer(config, world, system, prompts, encoder, judges)
         rows = [{"system": name, **_judged(a, prompts[a["id"]], checker)} for a in answers]
         every += rows

@@ -9,7 +9,8 @@ class KlController:
     """β of the per-token reward −β·KL.
 
     Without a target β stays (InstructGPT: 0.02). With one it is adapted after each iteration (Ziegler et al.
-    1909.08593, 2.2): e = clip(KL / target − 1, −0.2, 0.2), β ← β·(1 + e·episodes / horizon).
+    1909.08593, 2.2): e = clip(KL / target − 1, −0.2, 0.2), β ← β·(1 + e·episodes / horizon). The factor is positive
+    as long as the horizon is longer than a fifth of an iteration, which every config is held to.
     """
 
     def __init__(self, settings: KlSettings):
@@ -21,5 +22,4 @@ class KlController:
         if self._settings.target is None:
             return
         error = min(0.2, max(-0.2, kl / self._settings.target - 1.0))
-        # A horizon shorter than a fifth of an iteration must not turn the penalty into a reward.
-        self.coef *= max(0.0, 1.0 + error * episodes / self._settings.horizon)
+        self.coef *= 1.0 + error * episodes / self._settings.horizon

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gearshift.engine import CausalModel, TokenBatch, World, init_distributed
 from gearshift.engine.settings import OptimizerSettings
-from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_text
 from gearshift.rlhf.data.encoding import Encoder
@@ -17,6 +16,7 @@ from gearshift.rlhf.data.formats import read_document
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.data.tokenizers import train_tokenizer
+from gearshift.rlhf.new_model import new_model_config
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import PretrainConfig, SftConfig
 from gearshift.rlhf.setup import (
@@ -134,30 +134,6 @@ def _model(
         seed=config.run.seed,
         deepspeed_extra=config.deepspeed,
     )
-
-
-def new_model_config(fields: dict[str, Any], tokenizer: Any) -> Any:
-    """A `transformers` config from its fields; vocabulary size and special tokens are the tokenizer's."""
-    from transformers import AutoConfig
-
-    known = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    fields = {**known, **fields}
-    if fields["vocab_size"] < len(tokenizer):
-        raise UserError(
-            f"policy.config.vocab_size: {fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}"
-        )
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise UserError("policy.config: model_type is missing (llama, qwen3, gpt_neox, ...)")
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except ValueError as error:
-        raise UserError(f"policy.config: {str(error).splitlines()[0]}") from error
 
 
 def _tokenizer(config: PretrainConfig) -> Any:

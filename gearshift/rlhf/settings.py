@@ -25,6 +25,7 @@ class RunSettings(Section):
     """Where a run writes, and on what."""
 
     folder: str = Field(description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, model/")
+    overwrite: bool = Field(False, description="Write into a folder that holds a finished run, in place of that run")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data order, initial weights and sampling")
     ranks: int | None = Field(None, ge=1, description="Processes; null: one per GPU, or 2 without GPUs")
     dtype: Annotated[Dtype | None, BeforeValidator(_refuse_fp16)] = Field(
@@ -75,14 +76,16 @@ class DataSettings(Section):
         None, description='Folder or hub name; null: that of policy.init; "train": a new one (policy.init: config)'
     )
     tokenizer_text: Sources = Field([], description="tokenizer: train: sources it is trained on; [] : data.train")
-    vocab_size: int | None = Field(None, ge=16, description="tokenizer: train: its size, tokens")
+    vocab_size: int | None = Field(
+        None, ge=258, description="tokenizer: train: its size, tokens; 258 are every byte, EOS and pad"
+    )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="Longer prompts are filtered out and counted, never cut; tokens (InstructGPT C: 1k)"
     )
     max_tokens: int = Field(
         2048, ge=2, description="Longest training sequence, prompt and completion; tokens (InstructGPT C: 2k)"
     )
-    prompt_template: str = Field("{prompt}", description="Text of a prompt; {prompt} stands for the row's own")
+    prompt_template: str = Field("{prompt}", description="Text of a prompt; {prompt}, once, stands for the row's")
     chat_template: bool = Field(False, description="Wrap prompts in the tokenizer's chat template")
     prompt_key: str = Field("prompt", description="Row field of the prompt")
     completion_key: str = Field("completion", description="Row field of a demonstration's completion")
@@ -152,7 +155,9 @@ class KlSettings(Section):
     """The KL penalty in the reward, per token."""
 
     coef: float = Field(0.02, ge=0, description="Penalty per nat (InstructGPT C.4); the first one when target is set")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Of the KL from sampled tokens; k1 is the log-ratio")
+    estimator: Literal["k1", "k2", "k3", "exact"] = Field(
+        "k1", description="Of the KL from sampled tokens (k1 is the log-ratio), or exact: over the whole vocabulary"
+    )
     target: float | None = Field(
         None,
         gt=0,

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 
 from gearshift.engine import Training, World
+from gearshift.engine.loading import config_of
 from gearshift.engine.settings import OptimizerSettings
-from gearshift.errors import UserError
+from gearshift.errors import SettingError, UserError
 from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
 from gearshift.rlhf.data.sources import Record, read_sources
-from gearshift.rlhf.data.tokenizers import load_tokenizer
+from gearshift.rlhf.data.tokenizers import load_tokenizer, load_vocabulary
+from gearshift.rlhf.data.vocabulary import has_tokenizer, rows_needed, too_small
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.schedules import constant, cosine
 from gearshift.rlhf.settings import DataSettings, RunSettings, TrainSettings
@@ -58,18 +60,32 @@ def encoder_of(data: DataSettings, tokenizer: Any, max_tokens: int | None = None
     )
 
 
-def tokenizer_of(data: DataSettings, init: str) -> Any:
-    """The tokenizer that `data.tokenizer` names, else that of the model that the run starts from."""
-    return load_tokenizer(data.tokenizer or init)
+def tokenizer_of(data: DataSettings, init: str, field: str = "policy.init") -> Any:
+    """The tokenizer that `data.tokenizer` names, else that of the model that the run starts from (the field's `init`).
+
+    Raises UserError when that model lacks a row for some token.
+    """
+    tokenizer = load_tokenizer(data.tokenizer or init)
+    if init != "config":
+        require_room(tokenizer, init, field)
+    return tokenizer
+
+
+def require_room(tokenizer: Any, init: str, field: str) -> None:
+    """Raises SettingError when the model at `init` has fewer embedding rows than the tokenizer has ids."""
+    rows = getattr(config_of(init).get_text_config(), "vocab_size", None)
+    needed = rows_needed(tokenizer.get_vocab())
+    if rows is not None and rows < needed:
+        raise SettingError(field, f"{init}: {too_small(rows, needed)}")
 
 
 def require_same_tokens(tokenizer: Any, init: str, field: str) -> None:
-    """Raises UserError when the model at `init` reads other token ids; a folder without one is taken at its word."""
-    folder = Path(init)
-    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+    """Raises SettingError when the model at `init` reads other token ids; a folder without any is taken at its word."""
+    require_room(tokenizer, init, field)
+    if Path(init).is_dir() and not has_tokenizer(Path(init)):
         return
-    if load_tokenizer(init).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{field}: the tokenizer of {init} is not the policy's, so it would read other tokens")
+    if load_vocabulary(init, field) != tokenizer.get_vocab():
+        raise SettingError(field, f"the tokenizer of {init} is not the policy's, so it would read other tokens")
 
 
 def load_rows(

@@ -108,22 +108,56 @@ def test_ranks_with_unequal_rows(one_rank: WorkerGroup, two_ranks: WorkerGroup, 
     assert distance(found["gradients"], reference["gradients"]) <= 1e-5
 
 
-def many_micro_batches(world: World, folder: str, micro: int) -> dict[str, torch.Tensor]:
-    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
-    model = CausalModel.load(folder, world, dtype=torch.bfloat16, micro_batch_size=micro, training=training)
-    batch = token_batch()
-    batch = TokenBatch(batch.tokens.repeat(8, 1), batch.targets.repeat(8, 1))
-    model.accumulate(language_loss, batch.select(world.share(len(batch))))
-    return {n: _gradient(p) for n, p in model.module.named_parameters()}
+def repeated(batch: Any, times: int) -> Any:
+    return type(batch)(**{n: torch.cat([t] * times) for n, t in vars(batch).items()})
 
 
-def test_bf16_gradients_do_not_drown_in_micro_batches(two_ranks: WorkerGroup, tmp_path: Path) -> None:
-    """64 micro-batches against 1: adding 64 bf16 gradients in bf16 would lose several per cent."""
+def in_bf16(world: World, folder: str, name: str, micro: int, accumulate_in: str | None) -> dict[str, Any]:
+    """128 rows, 64 a rank; with `accumulate_in` bf16 as DeepSpeed would do it by itself."""
+    import gearshift.engine.zero as zero
+
+    own = zero.zero3_config
+
+    def mutated(*args: Any) -> dict[str, Any]:
+        config = own(*args)
+        return config if accumulate_in is None else {
+            **{key: value for key, value in config.items() if key != "communication_data_type"},
+            "data_types": {"grad_accum_dtype": accumulate_in},
+        }  # fmt: skip
+
+    zero.zero3_config = mutated
+    try:
+        training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
+        kind, more = (RewardModel, {"new_head": True}) if name == "value" else (CausalModel, {})
+        model = kind.load(folder, world, dtype=torch.bfloat16, micro_batch_size=micro, training=training, **more)
+        batch = repeated(token_batch() if name == "language" else episodes(), 8)
+        metrics = model.accumulate(LOSSES[name], batch.select(world.share(len(batch))))
+        gradients = {n: _gradient(p) for n, p in model.module.named_parameters()}
+        model.step()
+    finally:
+        zero.zero3_config = own
+    weights = {n: t.float() for n, t in gathered_parameters(model.module)}
+    return {"loss": metrics["loss"].item(), "gradients": gradients, "weights": weights}
+
+
+# Each micro-batch's own gradient is rounded to bf16 (2^-9 relative), and their fp32 sum keeps that size.
+BF16_BOUND = 4e-3
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_bf16_gradients_do_not_drown_in_micro_batches(two_ranks: WorkerGroup, tmp_path: Path, name: str) -> None:
+    """64 micro-batches against 1."""
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    one = two_ranks.run(many_micro_batches, folder, 64)[0]
-    many = two_ranks.run(many_micro_batches, folder, 1)[0]
-    # Each micro-batch's own gradient is rounded to bf16 (2^-9 relative); their fp32 sum keeps that size.
-    assert distance(many, one) <= 2e-2
+    one, many = (two_ranks.run(in_bf16, folder, name, micro, None)[0] for micro in (64, 1))
+    assert abs(many["loss"] - one["loss"]) <= BF16_BOUND * max(1.0, abs(one["loss"]))
+    assert distance(many["gradients"], one["gradients"]) <= BF16_BOUND
+    assert distance(many["weights"], one["weights"]) <= BF16_BOUND
+
+
+def test_adding_64_bf16_gradients_in_bf16_would_be_seen(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    one, many = (two_ranks.run(in_bf16, folder, "language", micro, "bf16")[0] for micro in (64, 1))
+    assert distance(many["gradients"], one["gradients"]) > BF16_BOUND
 
 
 def loaded_weights(world: World, folder: str) -> dict[str, torch.Tensor]:

@@ -13,12 +13,13 @@ VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
 
 def model_folder(path: Path, vocabulary: dict[str, int] = VOCABULARY, **fields: Any) -> Path:
-    """config.json and tokenizer.json of a model; no weights, which no check reads."""
+    """config.json and tokenizer.json of a model, and a whole safetensors file without a tensor in it."""
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, **fields}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     tokenizer = {"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": [{"id": 3, "content": "<eos>"}]}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return path
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import gearshift.launch
 from gearshift.errors import UserError
 from gearshift.launch.config import CONFIGS, fields, help_text, load, save
+from gearshift.launch.rows import readers
 
 from .conftest import example, model_folder, write
 
@@ -74,7 +77,7 @@ WRONG = [
     ("ppo.batch_size", "64", "ppo.batch_size: should be a valid integer, not '64'"),
     ("ppo.batch_size", True, "ppo.batch_size: should be a valid integer, not True"),
     ("ppo.clip", -1, "ppo.clip: should be greater than 0, not -1"),
-    ("ppo.kl.estimator", "k4", "ppo.kl.estimator: should be 'k1', 'k2' or 'k3', not 'k4'"),
+    ("ppo.kl.estimator", "k4", "ppo.kl.estimator: should be 'k1', 'k2', 'k3' or 'exact', not 'k4'"),
     ("ppo", 5, "ppo: should be a section (key: value pairs), not 5"),
     ("run.dtype", "fp16", "run.dtype: fp16 is not supported (no loss scaling): use bf16 or fp32, not 'fp16'"),
     ("run.folder", ..., "run.folder: missing: Run folder"),
@@ -94,7 +97,21 @@ WRONG = [
     ),
     ("ppo.episodes", 650, "ppo.episodes: 650 does not divide by ppo.batch_size = 64: use 640 or 704"),
     ("ptx.coef", 27.8, "ptx.data: needed with ptx.coef above 0"),
-    ("ptx.data", "nowhere.txt", "ptx.data: there is no file nowhere.txt"),
+    ("ptx.data", "text.txt", "ptx.data: with ptx.coef 0 this is plain PPO: set ptx.coef (InstructGPT 27.8), or leave"),
+    ("ptx.validation", "nowhere.txt", "ptx.validation: there is no file nowhere.txt"),
+    ("ppo.kl", {"target": 6.0, "coef": 0}, "ppo.kl.coef: 0 times anything stays 0, so ppo.kl.target would do nothing"),
+    ("ppo.kl", {"target": 6.0, "horizon": 12}, "ppo.kl.horizon: 12 is so short that one iteration of ppo.batch_size"),
+    ("optimizer.betas", [0.9, 1.0], "optimizer.betas: should be two numbers from 0 to below 1, not [0.9, 1.0]"),
+    ("optimizer.betas", [-0.1, 0.9], "optimizer.betas: should be two numbers from 0 to below 1, not [-0.1, 0.9]"),
+    ("data.prompt_template", "Q:", "data.prompt_template: should hold {prompt} once, not 'Q:'"),
+    ("data.prompt_template", "{prompt} {prompt}", "data.prompt_template: should hold {prompt} once"),
+    (
+        "data.chat_template",
+        True,
+        "data.chat_template: the tokenizer of sft has no chat template (tokenizer_config.json",
+    ),
+    ("data.train", "unasked.jsonl", "data.train: unasked.jsonl:2: the prompt is empty, so there is nothing to answer"),
+    ("data.train", "half.jsonl", "data.train: half.jsonl:2: field 'prompt' is not Unicode text: half a surrogate pair"),
     ("data.train", "nowhere.jsonl", "data.train: there is no file nowhere.jsonl"),
     ("data.train", "empty.jsonl", "data.train: empty.jsonl is empty"),
     ("data.train", "sft", "data.train: sft is a folder: name its files"),
@@ -106,7 +123,8 @@ WRONG = [
     ("data.train", "broken.jsonl", "data.train: broken.jsonl:2: is not valid JSON"),
     ("data.prompt_key", "question", "data.train: prompts.jsonl:1: no field 'question'; the row has: prompt"),
     ("ptx.validation", "prompts.jsonl", "ptx.validation: prompts.jsonl:1: no field 'text'; the row has: prompt"),
-    ("data.vocab_size", 100, "data.vocab_size: only with data.tokenizer: train"),
+    ("data.vocab_size", 257, "data.vocab_size: should be greater than or equal to 258, not 257"),
+    ("data.vocab_size", 258, "data.vocab_size: only with data.tokenizer: train"),
     ("data.tokenizer", "train", "data.tokenizer: train is for gearshift pretrain"),
     ("data.tokenizer", "bare", "data.tokenizer: bare has no tokenizer (tokenizer.json)"),
     ("policy.init", "nowhere", "policy.init: there is no model folder nowhere"),
@@ -138,6 +156,23 @@ WRONG = [
     ),
     ("critic.init", "foreign", "critic.init: the tokenizer of foreign is not that of sft"),
     ("reference.init", "foreign-lm", "reference.init: its tokenizer is not that of sft"),
+    (
+        "policy.init",
+        "few-rows",
+        "policy.init: few-rows: its config.json has vocab_size 3, but the tokenizer has 4 token",
+    ),
+    (
+        "reference.init",
+        "few-rows",
+        "reference.init: few-rows: its config.json has vocab_size 3, but the tokenizer has 4",
+    ),
+    ("reward.init", "few-scores", "reward.init: few-scores: its config.json has vocab_size 3, but the tokenizer has 4"),
+    ("critic.init", "few-scores", "critic.init: few-scores: its config.json has vocab_size 3, but the tokenizer has 4"),
+    ("policy.init", "broken", "policy.init: broken/config.json: should hold a JSON object, not a list"),
+    ("policy.init", "cut", "policy.init: cut/model.safetensors: is not a whole safetensors file: copy it there again"),
+    ("policy.init", "sharded", "policy.init: sharded/b.safetensors: is missing, though model.safetensors.index.json"),
+    ("data.tokenizer", "no-json", "data.tokenizer: no-json/tokenizer.json: is not JSON: "),
+    ("reference.init", "no-json", "reference.init: no-json/tokenizer.json: is not JSON: "),
     ("tracking.trackers", ["wand"], "tracking.trackers: wand is unknown: use some of tensorboard, wandb"),
 ]
 
@@ -155,6 +190,15 @@ def test_what_is_wrong_with_ppo(here: Path, setting: str, value: Any, says: str)
     model_folder(here / "odd-keys", num_attention_heads=6, num_key_value_heads=3)
     model_folder(here / "foreign", {"a": 0, "c": 1}, architectures=["LlamaForSequenceClassification"])
     model_folder(here / "foreign-lm", {"a": 0, "c": 1})
+    Path("unasked.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    Path("half.jsonl").write_text('{"prompt": "\\ud83d\\ude00"}\n{"prompt": "a \\ud83d"}\n')
+    model_folder(here / "few-rows", vocab_size=3)
+    model_folder(here / "few-scores", vocab_size=3, architectures=["LlamaForSequenceClassification"])
+    (model_folder(here / "broken") / "config.json").write_text("[]")
+    (model_folder(here / "cut") / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{")
+    sharded = model_folder(here / "sharded")
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"two": "b.safetensors"}}))
+    (model_folder(here / "no-json") / "tokenizer.json").write_text("{")
     text = error_of("ppo", changed(example("ppo"), setting, value))
     where, message = text.split(": ", 1)
     assert message.startswith(says)
@@ -174,6 +218,30 @@ WRONG_ELSEWHERE = [
     ("pretrain", "data.tokenizer", ..., "data.tokenizer: needed with policy.init: config"),
     ("pretrain", "policy.config.model_type", ..., "policy.config.model_type: missing"),
     ("pretrain", "policy.config.max_position_embeddings", 64, "data.max_tokens: 2048 is more than the model's 64"),
+    (
+        "pretrain",
+        "policy.config.num_hiden_layers",
+        2,
+        "policy.config.num_hiden_layers: a llama config has no such field; did",
+    ),
+    (
+        "pretrain",
+        "policy.config.num_attention_heads",
+        0,
+        "policy.config.num_attention_heads: should be a whole number of",
+    ),
+    ("pretrain", "policy.config.hidden_size", 65, "policy.config: "),
+    ("pretrain", "policy.config.hidden_act", "grelu", "policy.config: no llama can be built from it: KeyError: "),
+    ("pretrain", "data.vocab_size", 100, "data.vocab_size: should be greater than or equal to 258, not 100"),
+    ("reward", "data.train", "asked-nothing.jsonl", "data.train: asked-nothing.jsonl:1: the prompt is empty"),
+    (
+        "compare",
+        "reference.init",
+        "foreign",
+        "reference.init: its tokenizer is not that of sft: use a model with the same",
+    ),
+    ("compare", "systems.ppo", {"init": "foreign"}, "systems.ppo.init: its tokenizer is not that of sft: use a model"),
+    ("compare", "data.prompt_template", "Q:", "data.prompt_template: should hold {prompt} once, not 'Q:'"),
     ("compare", "systems", {}, "systems: Dictionary should have at least 1 item"),
     ("compare", "systems.ppo", {"init": "nowhere"}, "systems.ppo.init: there is no model folder nowhere"),
     ("compare", "systems.ppo", {"int": "sft"}, "systems.ppo.int: unknown setting"),
@@ -191,6 +259,8 @@ WRONG_ELSEWHERE = [
 
 @pytest.mark.parametrize(("command", "setting", "value", "says"), WRONG_ELSEWHERE)
 def test_what_is_wrong_with_the_others(here: Path, command: str, setting: str, value: Any, says: str) -> None:
+    Path("asked-nothing.jsonl").write_text('{"prompt": "", "chosen": "a", "rejected": "b"}\n')
+    model_folder(here / "foreign", {"a": 0, "c": 1})
     text = error_of(command, changed(example(command), setting, value))
     assert text.split(": ", 1)[1].startswith(says)
 
@@ -214,6 +284,9 @@ def test_a_file_that_is_no_config(here: Path, text: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         load("ppo", "bad.yaml")
     assert str(caught.value).startswith(says)
+    Path("bad.yaml").write_bytes(b"run: {folder: caf\xe9}\n")
+    with pytest.raises(UserError, match=r"^bad\.yaml: is not UTF-8 text: invalid continuation byte at byte 17$"):
+        load("ppo", "bad.yaml")
     with pytest.raises(UserError, match=r"none\.yaml: there is no such config file"):
         load("ppo", "none.yaml")
 
@@ -223,6 +296,7 @@ def test_overrides_win_and_are_yaml(here: Path) -> None:
         ("ppo.kl.coef", "0.05"),
         ("optimizer.learning_rate", "3e-6"),
         ("ptx.data", "[text.txt]"),
+        ("ptx.coef", "27.8"),
         ("run.dtype", "null"),
         ("deepspeed.zero_optimization.offload_optimizer.device", "cpu"),
         ("data.prompt_template", "{prompt}: why?"),
@@ -233,6 +307,29 @@ def test_overrides_win_and_are_yaml(here: Path) -> None:
     assert config.ptx.data == ["text.txt"]
     assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     assert config.data.prompt_template == "{prompt}: why?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("{prompt}", "{prompt}"),  # as YAML, a mapping
+        ("{prompt}\n", "{prompt}\n"),
+        ("Q: {prompt}\nA:", "Q: {prompt}\nA:"),
+        ("one\n{prompt} # two", "one\n{prompt} # two"),  # as YAML, one line and a comment
+        (r'"{prompt}\n"', "{prompt}\n"),
+    ],
+)
+def test_an_override_of_a_text_is_that_text(here: Path, typed: str, meant: str) -> None:
+    config: Any = load("ppo", write(example("ppo")), [("data.prompt_template", typed)], ranks=2)
+    assert config.data.prompt_template == meant
+
+
+def test_other_texts_on_the_command_line(here: Path) -> None:
+    overrides = [("run.folder", "7"), ("data.turn", ""), ("data.tokenizer", "null")]
+    config: Any = load("ppo", write(example("ppo")), overrides, ranks=2)
+    assert (config.run.folder, config.data.turn, config.data.tokenizer) == ("7", "", None)
+    config = load("compare", write(example("compare")), [("systems.sft.prefix", "{Q}: ")], ranks=2)
+    assert config.systems["sft"].prefix == "{Q}: "
 
 
 def test_a_wrong_override_is_blamed_on_the_command_line(here: Path) -> None:
@@ -301,6 +398,85 @@ def test_a_fraction_that_rounds_to_no_text_is_refused(here: Path) -> None:
     assert "is 0 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.1))
     assert "is 4 sequences of text" in error_of("sft", changed(values, "train.pretraining_fraction", 0.9))
     load("sft", write(changed(values, "train.pretraining_fraction", 0.25)), ranks=2)
+
+
+def test_an_adaptive_coefficient_can_move_both_ways(here: Path) -> None:
+    """The shortest horizon that passes leaves the largest step down, 1 − 0.2 · 64 / 13, above 0."""
+    load("ppo", write(changed(example("ppo"), "ppo.kl", {"target": 6.0, "horizon": 13})), ranks=2)
+    load("ppo", write(changed(example("ppo"), "ppo.kl", {"coef": 0, "horizon": 1})), ranks=2)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_is_found_where_transformers_saves_it(here: Path, file: str) -> None:
+    (here / "sft" / file).write_text('{"chat_template": "{{ messages }}"}')
+    load("ppo", write(changed(example("ppo"), "data.chat_template", True)), ranks=2)
+
+
+def test_a_template_gives_text_to_an_empty_prompt(here: Path) -> None:
+    Path("empty.jsonl").write_text('{"prompt": ""}\n')
+    values = changed(example("ppo"), "data.train", "empty.jsonl")
+    load("ppo", write(changed(values, "data.prompt_template", "Say something: {prompt}")), ranks=2)
+
+
+@pytest.mark.parametrize(("command", "result"), [("ppo", "model"), ("sft", "model"), ("compare", "systems.json")])
+def test_a_finished_run_is_not_written_over_unasked(here: Path, command: str, result: str) -> None:
+    (here / "runs" / command / result).mkdir(parents=True)
+    assert error_of(command, example(command)) == (
+        f"config.yaml:2: run.folder: runs/{command} holds a finished run: choose another folder, or set "
+        "run.overwrite: true"
+    )
+    load(command, write(changed(example(command), "run.overwrite", True)), ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        ("sft", "policy.init"),
+        ("ppo", "policy.init"),
+        ("ppo", "reward.init"),
+        ("ppo", "critic.init"),
+        ("ppo", "reference.init"),
+        ("compare", "reference.init"),
+        ("compare", "systems.sft.init"),
+    ],
+)
+def test_a_run_does_not_write_where_it_reads(here: Path, command: str, field: str) -> None:
+    """Not even when it may write over a finished run: its own start would be lost."""
+    classifier = {"architectures": ["LlamaForSequenceClassification"]} if field == "reward.init" else {}
+    model_folder(here / "runs/x/model", **classifier)
+    values = changed(changed(example(command), "run", {"folder": "runs/x", "overwrite": True}), field, "runs/x/model")
+    assert f"{field}: runs/x/model lies in run.folder, which this run writes into" in error_of(command, values)
+    values = changed(values, "run.folder", "runs/y")
+    load(command, write(values), ranks=2)
+
+
+SHIPPED = [
+    *(Path(gearshift.launch.__file__).parent / "demo").glob("*.yaml"),
+    *(Path(__file__).parents[2] / "configs/gsm8k-cpu").glob("*.yaml"),
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
+    """Against each other too, once the files that it names are there: the model of each stage, rows for each reader."""
+    command = path.stem.removesuffix("-ptx")
+    config: Any = load(command, path)
+    for name in ("pretrain", "sft", "ppo", "ppo-ptx"):
+        model_folder(Path(config.run.folder).with_name(name) / "model", max_position_embeddings=512)
+    scores = {"architectures": ["LlamaForSequenceClassification"]}
+    model_folder(Path(config.run.folder).with_name("reward") / "model", max_position_embeddings=512, **scores)
+    row = {"text": "a", "prompt": "b", "completion": "c", "chosen": "d", "rejected": "e"}
+    for _, sources, _ in readers(config):
+        for source in sources:
+            Path(source).parent.mkdir(parents=True, exist_ok=True)
+            Path(source).write_text(json.dumps(row) + "\n")
+    load(command, path, [("run.folder", "elsewhere")], ranks=2)
+
+
+def test_every_stage_ships_two_configs() -> None:
+    assert sorted(path.stem for path in SHIPPED) == sorted(
+        ["pretrain", "sft", "reward", "ppo-ptx", "compare"] * 2 + ["ppo"]
+    )
 
 
 def test_held_out_text_must_fit_the_models_positions(here: Path) -> None:

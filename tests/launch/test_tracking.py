@@ -48,11 +48,30 @@ def test_a_run_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_second_run_replaces_the_first(here: Path) -> None:
+    """Curves and report of the two are not mixed; the first one's model stays until the second has one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     config = load("ppo", write(example("ppo")))
+    folder = Path("runs/ppo")
     for step in (1, 2):
-        with Tracker("runs/ppo", [], config) as tracker:
+        with Tracker(folder, ["tensorboard"], config) as tracker:
             tracker.log(step, {"loss/train": 1.0})
-    assert [row["step"] for row in read(Path("runs/ppo/metrics.jsonl"))] == [2]
+            tracker.samples(step, [{"prompt": "a"}])
+            left = [name for name in ("report.html", "report", "model") if (folder / name).exists()]
+        assert left == ([] if step == 1 else ["model"])
+        (folder / "report.html").touch()
+        for name in ("report", "model"):
+            (folder / name).mkdir(exist_ok=True)
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [2]
+    assert [row["step"] for row in read(folder / "samples.jsonl")] == [2]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == [2]
+
+
+def test_what_no_run_wrote_is_left_alone(here: Path) -> None:
+    Path("mine/report").mkdir(parents=True)
+    with Tracker("mine", [], load("ppo", write(example("ppo")))):
+        assert Path("mine/report").is_dir()
 
 
 def test_a_folder_that_cannot_be_written(here: Path) -> None:

@@ -91,6 +91,15 @@ def test_comparisons_without_a_pair_are_left_out(tokenizer):
     assert encoded.dropped == {"without two different answers of different rank": 2}
 
 
+def test_the_same_answer_twice_is_one_at_its_mean_rank(tokenizer):
+    """Two labelers may rank the same words apart: no pair may compare an answer with itself."""
+    answers = [("a", 0), ("b", 1), ("a", 3), ("a", 3)]
+    row = {"context": "q", "completions": [{"text": text, "rank": rank} for text, rank in answers]}
+    [found] = Encoder(tokenizer).comparisons(records(row)).rows
+    eos = tokenizer.eos_token_id
+    assert found == Comparison(ids(tokenizer, "q"), [[*ids(tokenizer, text), eos] for text in "ab"], [2.0, 1.0])
+
+
 def test_one_long_answer_leaves_the_comparison_out(tokenizer):
     rows = records({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "bbbb"})
     encoded = Encoder(tokenizer, max_tokens=5).comparisons(rows)
@@ -162,6 +171,8 @@ def test_messages_need_no_chat_template(tokenizer):
 def test_what_cannot_work_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"data.jsonl:2: the prompt is empty"):
         Encoder(tokenizer).prompts(records({"prompt": "x"}, {"prompt": ""}))
+    with pytest.raises(UserError, match=r"data.jsonl:1: the prompt is empty"):
+        Encoder(with_bos(tokenizer)).prompts(records({"prompt": ""}))  # BOS alone asks nothing
     with pytest.raises(UserError, match=r"no row of the data is left.*1 over data.max_prompt_tokens=1"):
         Encoder(tokenizer, max_prompt_tokens=1).prompts(records({"prompt": "xx"}))
     with pytest.raises(UserError, match=r"data.prompt_template: must hold \{prompt\} once"):

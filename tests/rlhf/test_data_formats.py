@@ -101,6 +101,12 @@ def test_configured_keys():
         (read_prompt, {}, "no field 'prompt'; the row has: no field at all"),
         (read_prompt, {"prompt": 3}, "field 'prompt' must be text, it is int"),
         (read_prompt, {"messages": [ANSWER]}, "no turn before the assistant's"),
+        (
+            read_prompt,
+            {"prompt": "ab\ud83d"},
+            "field 'prompt' is not Unicode text: half a surrogate pair at character 2",
+        ),
+        (read_prompt, {"messages": [{"role": "user", "content": "\ude00"}]}, "field 'messages' is not Unicode text"),
         (read_document, {"body": "t"}, "no field 'text'; the row has: body"),
         (read_demonstration, {"prompt": "q"}, "no field 'completion'; the row has: prompt"),
         (read_demonstration, {"inputs": "q"}, "no field 'targets'; the row has: inputs"),

@@ -24,10 +24,13 @@ def test_the_step_is_proportional_and_clipped(kl: float, error: float) -> None:
     assert controller.coef == pytest.approx(0.05 * (1 + error * 500 / 8_000), rel=1e-9)
 
 
-def test_a_short_horizon_never_makes_the_penalty_a_reward() -> None:
-    controller = KlController(KlSettings(coef=0.05, target=6.0, horizon=10))
+def test_the_shortest_horizon_that_a_config_may_have_keeps_the_penalty_a_penalty() -> None:
+    """A fifth of an iteration's 512 episodes, and one more: β shrinks to 1 − 102.4 / 103 of itself, and can grow."""
+    controller = KlController(KlSettings(coef=0.05, target=6.0, horizon=103))
     controller.update(0.0, 512)
-    assert controller.coef >= 0
+    assert controller.coef == pytest.approx(0.05 * 0.6 / 103, rel=1e-9)
+    controller.update(60.0, 512)
+    assert controller.coef == pytest.approx(0.05 * 0.6 / 103 * (1 + 102.4 / 103), rel=1e-9)
 
 
 def test_it_steers_to_the_target() -> None:

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from gearshift.engine import CausalModel, TokenBatch, World
-from gearshift.errors import UserError
 from gearshift.launch import folders
 from gearshift.launch.config import validate
 from gearshift.rlhf.data.batches import collate_text
 from gearshift.rlhf.data.encoding import Block, Demonstration, Encoder
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.data.tokenizers import load_tokenizer
-from gearshift.rlhf.language import _mixed_batches, language_loss, new_model_config, pretrain, sft, text_batches
+from gearshift.rlhf.language import _mixed_batches, language_loss, pretrain, sft, text_batches
 from gearshift.rlhf.supervised import evaluate
-from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, save_policy, text_rows, tiny_tokenizer, write_jsonl
+from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, save_policy, text_rows, write_jsonl
 from tests.worker_group import WorkerGroup
 
 MODEL = {
@@ -202,22 +201,3 @@ def check_folder(folder: Path) -> None:
     assert model.config.vocab_size == len(load_tokenizer(str(folder))) == 270
     assert model.config.eos_token_id == 0
     assert (folders.model_config(str(folder)) or {})["architectures"] == ["LlamaForCausalLM"]
-
-
-def test_a_new_model_fits_its_tokenizer() -> None:
-    config = new_model_config(dict(MODEL), tiny_tokenizer())
-    assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (VOCABULARY, 0, 1)
-    assert new_model_config({**MODEL, "vocab_size": 300}, tiny_tokenizer()).vocab_size == 300
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({**MODEL, "vocab_size": 100}, r"policy\.config\.vocab_size: 100 is smaller than the tokenizer's 261"),
-        ({"hidden_size": 32}, r"policy\.config: model_type is missing"),
-        ({"model_type": "lama"}, r"policy\.config: .*lama"),
-    ],
-)
-def test_a_new_model_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        new_model_config(fields, tiny_tokenizer())

@@ -17,17 +17,17 @@ from transformers import PreTrainedTokenizerFast
 from gearshift.errors import UserError
 from gearshift.rlhf.data.formats import (
     Keys,
-    Message,
     Prompt,
+    plain_prompt,
     read_comparison,
     read_demonstration,
     read_document,
     read_prompt,
+    require_prompt,
 )
 from gearshift.rlhf.data.sources import Record
 
 IGNORED = -100  # a target without a loss
-ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # hh-rlhf's names
 Row = TypeVar("Row")
 
 
@@ -153,14 +153,17 @@ class Encoder:
         return drop.encoded(kept)
 
     def comparisons(self, records: Sequence[Record]) -> Encoded[Comparison]:
-        """Prompts with ranked answers; a row is left out if one answer is over the limit, or if it has no pair."""
+        """Prompts with ranked answers; a row is left out if one answer is over the limit, or if it has no pair.
+
+        Answers that are the same, token for token, are one, at their mean rank.
+        """
         texts = [read_comparison(record, self.keys) for record in records]
         prompts = self._encode_prompts(records, [self._render(text.prompt) for text in texts])
         flat = iter(self._encode_completions([answer for text in texts for answer in text.completions]))
         drop = _Drop(records)
         kept = []
         for text, prompt in zip(texts, prompts, strict=True):
-            row = Comparison(prompt, [next(flat) for _ in text.completions], text.ranks)
+            row = merged(Comparison(prompt, [next(flat) for _ in text.completions], text.ranks))
             if self._long_prompt(drop, prompt) or self._long_sequence(drop, prompt, max(row.completions, key=len)):
                 continue
             if not has_pair(row):
@@ -188,7 +191,7 @@ class Encoder:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return str(text)
-        return self.prompt_template.replace("{prompt}", prompt if isinstance(prompt, str) else plain_dialogue(prompt))
+        return plain_prompt(prompt, self.prompt_template)
 
     def _bos(self) -> list[int]:
         """BOS where the tokenizer itself would put one; a chat template writes its own."""
@@ -205,9 +208,9 @@ class Encoder:
     def _encode_prompts(self, records: Sequence[Record], texts: list[str]) -> list[list[int]]:
         bos = [] if self.chat_template else self._bos()
         prompts = [bos + tokens for tokens in self._encode(texts)]
-        for record, prompt in zip(records, prompts, strict=True):
-            if not prompt:
-                raise UserError(f"{record.origin}: the prompt is empty, so there is nothing to answer")
+        for record, text, prompt in zip(records, texts, prompts, strict=True):
+            require_prompt(record.origin, text)
+            require_prompt(record.origin, prompt)  # a tokenizer may drop all of a text, such as spaces
         return prompts
 
     def _encode_completions(self, texts: list[str]) -> list[list[int]]:
@@ -241,16 +244,14 @@ class _Drop:
         return encoded
 
 
+def merged(row: Comparison) -> Comparison:
+    """Each different answer once, at the mean rank of its copies: no pair compares an answer with itself."""
+    ranks: dict[tuple[int, ...], list[float]] = {}
+    for completion, rank in zip(row.completions, row.ranks, strict=True):
+        ranks.setdefault(tuple(completion), []).append(rank)
+    return Comparison(row.prompt, [list(answer) for answer in ranks], [sum(own) / len(own) for own in ranks.values()])
+
+
 def has_pair(row: Comparison) -> bool:
-    """Whether two different answers have different ranks: without, there is nothing to learn."""
-    answers = [tuple(completion) for completion in row.completions]
-    pairs = [(i, j) for i in range(len(answers)) for j in range(i)]
-    return any(answers[i] != answers[j] and row.ranks[i] != row.ranks[j] for i, j in pairs)
-
-
-def plain_dialogue(messages: list[Message]) -> str:
-    """A dialogue as one text, for tokenizers without a chat template: one turn as it is, several as in hh-rlhf."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    turns = [f"\n\n{ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages]
-    return "".join(turns) + "\n\nAssistant:"
+    """Whether two answers have different ranks: without, there is nothing to learn. Its answers are all different."""
+    return len(set(row.ranks)) > 1

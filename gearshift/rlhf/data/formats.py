@@ -21,6 +21,7 @@ from gearshift.rlhf.data.sources import Record
 
 Message = dict[str, str]  # one turn of a dialogue: `role`, `content`
 Prompt = str | list[Message]
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # hh-rlhf's names
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,39 @@ def _messages(record: Record, value: Any, key: str) -> list[Message]:
     )
     if not whole:
         raise UserError(f"{record.origin}: field '{key}' must be a list of messages with 'role' and 'content' texts")
+    for turn in value:
+        _text(record, turn["role"], key)
+        _text(record, turn["content"], key)
     return cast(list[Message], value)
+
+
+def plain_prompt(prompt: Prompt, template: str) -> str:
+    """A prompt as text without a chat template, a dialogue of several turns as in hh-rlhf, where `{prompt}` stands."""
+    return template.replace("{prompt}", prompt if isinstance(prompt, str) else _plain_dialogue(prompt))
+
+
+def _plain_dialogue(messages: list[Message]) -> str:
+    if len(messages) == 1:
+        return messages[0]["content"]
+    turns = [f"\n\n{ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages]
+    return "".join(turns) + "\n\nAssistant:"
+
+
+def require_prompt(origin: str, prompt: str | list[int]) -> None:
+    """Raises UserError for a prompt without text or tokens."""
+    if not prompt:
+        raise UserError(f"{origin}: the prompt is empty, so there is nothing to answer")
 
 
 def _text(record: Record, value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{record.origin}: field '{key}' must be text, it is {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say "\ud83d" alone, which no tokenizer takes
+        raise UserError(
+            f"{record.origin}: field '{key}' is not Unicode text: half a surrogate pair at character {error.start}"
+        ) from error
     return value
 
 

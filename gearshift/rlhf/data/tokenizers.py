@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gearshift.errors import UserError
+from gearshift.errors import SettingError, UserError, one_line
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -21,8 +21,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a bad folder, no network, a hub name that is not there: many types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"data.tokenizer: cannot load a tokenizer from {name}: {reason[0]}") from error
+        raise UserError(f"data.tokenizer: cannot load a tokenizer from {name}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"data.tokenizer: {name} has no fast tokenizer, with a tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -30,6 +29,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_vocabulary(name: str, field: str) -> dict[str, int]:
+    """Token -> id of whichever tokenizer a folder or hub name has, fast or slow. Raises SettingError."""
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+    except Exception as error:
+        raise SettingError(
+            field, f"the tokenizer of {name} cannot be loaded, to see whether it is the policy's: {one_line(error)}"
+        ) from error
+    return vocabulary
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,176 @@
+"""Where a run writes and which models it reads: each there and whole, and fit for the settings and for each other.
+
+Only small files and headers are read; what lies on the hub is left to the processes that load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gearshift.engine.folder import config_number
+from gearshift.errors import SettingError
+from gearshift.launch import folders
+from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig
+
+
+def fails(field: str, problem: str | None) -> None:
+    """Raises SettingError if there is a problem."""
+    if problem:
+        raise SettingError(field, problem)
+
+
+def numbers(values: Iterator[int]) -> str:
+    """The numbers that would be right: 1, 2 or 4."""
+    found = list(values)
+    if len(found) > 8:
+        return f"{', '.join(map(str, found[:4]))} ... {found[-1]}"
+    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
+
+
+def check_run_folder(config: Config) -> None:
+    """A finished run is not written over unasked, nor is a model that this run itself reads."""
+    folder = Path(config.run.folder)
+    finished = folder / ("systems.json" if isinstance(config, CompareConfig) else "model")
+    if finished.exists() and not config.run.overwrite:
+        raise SettingError(
+            "run.folder", f"{folder} holds a finished run: choose another folder, or set run.overwrite: true"
+        )
+    for field, init in _inits(config):
+        if Path(init).exists() and Path(init).resolve().is_relative_to(folder.resolve()):
+            raise SettingError(
+                field, f"{init} lies in run.folder, which this run writes into: choose another run.folder than {folder}"
+            )
+
+
+def _inits(config: Config) -> Iterator[tuple[str, str]]:
+    """Every field that names a model, and the folder or hub name; words such as config and reward left out."""
+    for section, word in (("policy", "config"), ("reward", None), ("critic", "reward"), ("reference", "policy")):
+        settings = getattr(config, section, None)
+        if settings is not None and settings.init != word:
+            yield f"{section}.init", settings.init
+    if isinstance(config, CompareConfig):
+        for name, system in config.systems.items():
+            yield f"systems.{name}.init", system.init
+
+
+def tokenizer_folder(config: Config) -> str:
+    """Where the run's tokenizer comes from: the first that names one of data.tokenizer, policy.init and systems."""
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer
+    if isinstance(config, CompareConfig):
+        return next(iter(config.systems.values())).init
+    assert isinstance(config, PretrainConfig | PpoConfig)
+    return config.policy.init
+
+
+def check_models(config: Config, ranks: int) -> None:
+    tokenizer = config.data.tokenizer
+    if tokenizer not in (None, "train"):
+        fails("data.tokenizer", folders.tokenizer_problem(str(tokenizer)))
+    if isinstance(config, CompareConfig):
+        for name, system in config.systems.items():
+            _check_writer(f"systems.{name}.init", system.init, config, ranks)
+        fails("reference.init", folders.model_problem(config.reference.init))
+        fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
+    if isinstance(config, PretrainConfig):
+        _check_trained(config)
+    if isinstance(config, PpoConfig):
+        _check_writer("policy.init", config.policy.init, config, ranks)
+        fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
+        if config.critic.init != "reward":
+            fails("critic.init", folders.model_problem(config.critic.init))
+        if config.reference.init != "policy":
+            fails("reference.init", folders.model_problem(config.reference.init, classifier=False))
+    _check_tokens(config)
+
+
+def _check_trained(config: PretrainConfig) -> None:
+    """A model that a supervised stage trains: there, and with as many positions as its sequences need."""
+    policy, data = config.policy, config.data
+    if policy.init == "config":
+        # Imported here: it takes seconds, which no other command should spend.
+        from gearshift.rlhf.new_model import try_new_model
+
+        try_new_model(policy.config or {})
+    else:
+        fails("policy.init", folders.model_problem(policy.init))
+        if data.tokenizer is None:
+            fails("policy.init", folders.tokenizer_problem(policy.init))
+    positions = config_number(_model_config(config, policy.init), "max_position_embeddings", "n_positions")
+    if positions and data.max_tokens > positions:
+        raise SettingError(
+            "data.max_tokens",
+            f"{data.max_tokens} is more than the model's {positions} positions: use at most {positions}",
+        )
+
+
+def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, ranks: int) -> None:
+    """A model that answers prompts: there, its heads divisible, with as many positions as prompt and answer need."""
+    if init != "config":
+        fails(field, folders.model_problem(init, classifier=False))
+        if config.data.tokenizer is None:
+            fails(field, folders.tokenizer_problem(init))
+    model = _model_config(config, init)
+    tp, prompt, response = config.rollout.tp_size, config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    heads = config_number(model, "num_attention_heads", "n_head", "num_heads")
+    kv_heads = config_number(model, "num_key_value_heads") or heads
+    if heads and kv_heads and not _heads_split(heads, kv_heads, tp):
+        fitting = numbers(t for t in range(1, ranks + 1) if ranks % t == 0 and _heads_split(heads, kv_heads, t))
+        raise SettingError(
+            "rollout.tp_size", f"{tp} does not divide the {heads} attention heads ({kv_heads} for keys) of {init}: "
+            f"use {fitting}"
+        )  # fmt: skip
+    positions = config_number(model, "max_position_embeddings", "n_positions")
+    if positions and (config.ptx.data or config.ptx.validation) and config.ptx.max_tokens > positions:
+        raise SettingError(
+            "ptx.max_tokens", f"{config.ptx.max_tokens} is more than the {positions} positions of {init}"
+        )
+    if positions and prompt + response > positions:
+        raise SettingError(
+            "rollout.max_new_tokens",
+            f"{response}, with data.max_prompt_tokens = {prompt}, is more than the {positions} positions of {init}: "
+            f"keep their sum at {positions} or below",
+        )
+
+
+def _heads_split(heads: int, kv_heads: int, tp: int) -> bool:
+    # Fewer key heads than ranks are repeated, so either may divide the other.
+    return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
+def _model_config(config: Config, init: str) -> dict[str, Any]:
+    policy = getattr(config, "policy", None)
+    if init == "config" and policy is not None:
+        return policy.config or {}
+    return folders.model_config(init) or {}
+
+
+def _check_tokens(config: Config) -> None:
+    """Every model reads the ids of one tokenizer: it must have a row for each, and mean the same tokens by them."""
+    tokenizer = tokenizer_folder(config)
+    if tokenizer in ("train", "config"):
+        return
+    for field, init in _inits(config):
+        fails(field, folders.vocabulary_problem(init))
+        if field != "policy.init" and folders.same_vocabulary(tokenizer, init) is False:
+            raise SettingError(*_other_tokens(config, field, init, tokenizer))
+        fails(field, folders.room_problem(init, tokenizer))
+
+
+def _other_tokens(config: Config, field: str, init: str, tokenizer: str) -> tuple[str, str]:
+    """The field to blame and what to tell of a model with another tokenizer."""
+    if field == "reward.init" and isinstance(config, PpoConfig):
+        if config.critic.init == "reward":
+            return "critic.init", (
+                f"the tokenizer of the reward model {init} is not that of {tokenizer}, so it cannot start the critic: "
+                "set critic.init to a folder with the policy's tokenizer"
+            )
+        return field, f"its tokenizer is not that of {tokenizer}, which is not supported yet: use one with the same"
+    if field == "critic.init":
+        return field, (
+            f"the tokenizer of {init} is not that of {tokenizer}, so it cannot start the critic: "
+            "set critic.init to a folder with the policy's tokenizer"
+        )
+    return field, f"its tokenizer is not that of {tokenizer}: use a model with the same tokenizer"
