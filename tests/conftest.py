@@ -1,4 +1,7 @@
-"""For every test: small thread pools, no network (set before torch is imported anywhere), and groups of real ranks."""
+"""For every test: small thread pools, no network (set before torch is imported anywhere), and groups of real ranks.
+
+Ranks are processes of gloo on the CPU, also where there are GPUs. Triton's kernels are interpreted on CPU tensors.
+"""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="module")

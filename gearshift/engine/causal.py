@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gearshift.engine.batches import Rollouts, join_responses
 from gearshift.engine.distributed import World
-from gearshift.engine.heads import bind_logprob_head, check_head
+from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
 from gearshift.engine.loading import load_module
 from gearshift.engine.zero import Training, ZeroModel
 
@@ -65,19 +65,47 @@ class CausalModel(ZeroModel):
         self, rollouts: Rollouts, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [B, L] fp32 of the response tokens (0 where masked), and the entropy there; differentiable."""
-        tokens, positions = join_responses(rollouts)
-        # Masked tokens all point at position 0, where a real one may stand: writing them elsewhere keeps it.
-        targets = torch.full((len(tokens), tokens.shape[1] + 1), -100, dtype=torch.int64, device=tokens.device)
-        spot = torch.where(rollouts.mask, positions, tokens.shape[1])
-        targets.scatter_(1, spot, rollouts.responses)
-        logprobs, entropies = self.forward(tokens, targets[:, :-1], temperature, entropy)
-        keep = rollouts.mask
+        tokens, targets, positions = _response_targets(rollouts)
+        logprobs, entropies = self.forward(tokens, targets, temperature, entropy)
 
         def at_responses(values: Tensor) -> Tensor:
-            return values.gather(1, positions) * keep
+            return values.gather(1, positions) * rollouts.mask
 
         return at_responses(logprobs), None if entropies is None else at_responses(entropies)
 
     def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
         """Log-probs [B, L] fp32 of this rank's responses, without gradients. Collective."""
         return self.map(lambda micro: self.response_logprobs(micro, temperature)[0], rollouts)
+
+    def against(
+        self, reference: CausalModel, rollouts: Rollouts, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, the reference's log-probs, and the exact KL to it at each response token: [B, L] fp32 each.
+
+        The KL is over the whole vocabulary, of the two distributions that a token was (or would have been) drawn
+        from. Neither model's logits are ever built; no gradients. Collective: the reference's head is gathered beside
+        this model's own.
+        """
+        import deepspeed
+
+        head = lm_head_of(reference.module)
+
+        def compare(micro: Rollouts) -> Tensor:
+            tokens, targets, positions = _response_targets(micro)
+            hidden = reference.engine(tokens, hidden_states=True)
+            with deepspeed.zero.GatheredParameters(list(head.parameters())):
+                held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
+                found = self.engine(tokens, targets=targets, temperature=temperature, reference=held_against)
+            return torch.stack([values.gather(1, positions) * micro.mask for values in found], dim=-1)
+
+        logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
+        return logprobs, ref_logprobs, kl
+
+
+def _response_targets(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and targets [B, S] (-100 outside the responses), and where each response token is predicted [B, L]."""
+    tokens, positions = join_responses(rollouts)
+    # Masked tokens all point at position 0, where a real one may stand: writing them elsewhere keeps it.
+    targets = torch.full((len(tokens), tokens.shape[1] + 1), -100, dtype=torch.int64, device=tokens.device)
+    targets.scatter_(1, torch.where(rollouts.mask, positions, tokens.shape[1]), rollouts.responses)
+    return tokens, targets[:, :-1].contiguous(), positions

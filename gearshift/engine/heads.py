@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.errors import UserError
-from gearshift.kernels import LogProbs, linear_logprob
+from gearshift.kernels import LogProbs, linear_kl, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,22 @@ def lm_head_of(model: Any) -> nn.Linear:
     return head
 
 
-def bind_logprob_head(model: Any) -> None:
-    """Give a causal LM the forward `(tokens, targets, temperature, entropy)` -> LogProbs of `[B, S]` fp32.
+@dataclass(frozen=True)
+class Reference:
+    """Another model's head and last hidden states `[B, S, H']` of the same tokens, to hold a policy against."""
 
-    Called without targets the model is what it was. Rows are right-padded and the model causal, so no attention mask
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+
+
+def bind_logprob_head(model: Any) -> None:
+    """Give a causal LM the forward `(tokens, targets, temperature, entropy, reference)`, all results `[B, S]` fp32.
+
+    It gives (log-probs,), or (log-probs, entropy) with `entropy`; with a `reference` (log-probs, the reference's
+    log-probs, exact KL to it). With `hidden_states` instead of targets it gives those `[B, S, H]`.
+    Called with none of these the model is what it was. Rows are right-padded and the model causal, so no attention mask
     is needed: what stands after a row's end cannot reach the positions before it.
     """
     head = lm_head_of(model)
@@ -72,9 +84,26 @@ def bind_logprob_head(model: Any) -> None:
         targets: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        reference: Reference | None = None,
     ) -> Any:
         if targets is None:
             return own_head(hidden)
+        if reference is not None:
+            both = linear_kl(
+                hidden,
+                self.weight,
+                reference.hidden.flatten(0, 1),
+                reference.weight,
+                targets,
+                bias=self.bias,
+                scale=transform.scale,
+                softcap=transform.softcap,
+                ref_bias=reference.bias,
+                ref_scale=reference.transform.scale,
+                ref_softcap=reference.transform.softcap,
+                temperature=temperature,
+            )
+            return both.logprobs, both.ref_logprobs, both.kl
         result = linear_logprob(
             hidden,
             self.weight,
@@ -94,13 +123,16 @@ def bind_logprob_head(model: Any) -> None:
         targets: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        reference: Reference | None = None,
+        hidden_states: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if targets is None:
+        if targets is None and not hidden_states:
             return own_forward(input_ids=input_ids, **kwargs)
         hidden = backbone_of(self)(input_ids=input_ids, use_cache=False)[0]
-        wanted = targets.reshape(-1)
-        flat = head(hidden.reshape(-1, hidden.shape[-1]), wanted, temperature, entropy)
+        if targets is None:
+            return hidden
+        flat = head(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), temperature, entropy, reference)
         return tuple(part.view(targets.shape) for part in flat)
 
     head.forward = types.MethodType(head_forward, head)  # type: ignore[method-assign]
@@ -195,6 +227,7 @@ def _replaced(holder: Any, **values: Any) -> Iterator[None]:
 __all__ = [
     "LogProbs",
     "LogitTransform",
+    "Reference",
     "backbone_of",
     "bind_logprob_head",
     "bind_value_head",

@@ -4,10 +4,21 @@ One module per operation, with the operation's name. Imported eagerly: a lazy at
 module of the same name as soon as anything imported it.
 """
 
+from gearshift.kernels.linear_kl import LinearKL, linear_kl
 from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
 from gearshift.kernels.losses import Loss
 from gearshift.kernels.policy_loss import policy_loss
 from gearshift.kernels.ppo_targets import Targets, ppo_targets
 from gearshift.kernels.value_loss import value_loss
 
-__all__ = ["LogProbs", "Loss", "Targets", "linear_logprob", "policy_loss", "ppo_targets", "value_loss"]
+__all__ = [
+    "LinearKL",
+    "LogProbs",
+    "Loss",
+    "Targets",
+    "linear_kl",
+    "linear_logprob",
+    "policy_loss",
+    "ppo_targets",
+    "value_loss",
+]

@@ -1,4 +1,8 @@
-"""What every operation asks of its inputs, as readable errors."""
+"""What every operation asks of its inputs, as readable errors.
+
+A message with sizes or numbers in it is put together only to be raised: under torch.compile they may be symbols, which
+no string can hold.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,18 @@ def require_device(like: Tensor, name: str, **tensors: Tensor | None) -> None:
     for other, tensor in tensors.items():
         if tensor is not None and tensor.device != like.device:
             raise ValueError(f"{other} must be on {like.device}, like {name}, got {tensor.device}")
+
+
+def require_above(bound: float, **numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not number > bound:
+            raise ValueError(f"{name} must be above {bound}, got {number}")
+
+
+def require_within(low: float, high: float, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not low <= number <= high:
+            raise ValueError(f"{name} must be within {low} and {high}, got {number}")
 
 
 def require_mask(mask: Tensor) -> None:

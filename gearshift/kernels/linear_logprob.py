@@ -141,10 +141,9 @@ def check_ids(targets: Tensor, vocab_rows: int, group: str | None, vocab_start: 
     checks.require(fits, f"targets must be {IGNORED} or at least {first}{upper}, got {bad}")
 
 
-def compact(tensor: Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def compact(hidden: Tensor, rows: Tensor) -> Tensor:
     """The rows that have a target, so that what the others hold (NaN included) is never read."""
-    chosen = tensor if rows.numel() == tensor.shape[0] else tensor[rows]
-    return chosen if dtype is None or tensor.is_cuda else chosen.to(dtype)
+    return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).contiguous()
 
 
 # --- operators of torch.library: torch.compile and fake tensors pass through -----------------------------------------
@@ -168,7 +167,7 @@ def _forward(
     chosen = targets[rows]
     check_ids(chosen, weight.shape[0], group, vocab_start)
     state = implementation(hidden).state(
-        compact(hidden, rows, dtype), weight, bias, chosen - vocab_start, Head(scale, softcap, temperature), entropy
+        compact(hidden, rows), weight, bias, chosen - vocab_start, Head(scale, softcap, temperature), entropy
     )
     state = Shards(group, vocab_start, weight.shape[0]).merge(state, chosen)
     top, total, numerator, target_logit = state.unbind(1)
@@ -187,7 +186,8 @@ def _forward(
 @_forward.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, tokens = checks.accumulation_dtype(hidden, weight, bias), hidden.shape[0]
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in ((tokens,), (tokens,), (tokens, 4)))  # type: ignore[return-value]
+    one, each, state = (hidden.new_empty(shape, dtype=dtype) for shape in ((tokens,), (tokens,), (tokens, 4)))
+    return one, each, state
 
 
 @torch.library.custom_op(
@@ -206,9 +206,8 @@ def _backward(
     rows = (targets != IGNORED).nonzero()[:, 0]
     grads = [None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropy)]
     slopes = Slopes.of(state[rows], head.slope, *grads)
-    x = compact(hidden, rows, state.dtype)
     dx, dweight, dbias = implementation(hidden).gradients(
-        x, weight, bias, targets[rows] - vocab_start, head, slopes, tuple(wanted)
+        compact(hidden, rows), weight, bias, targets[rows] - vocab_start, head, slopes, tuple(wanted)
     )
     if dx is not None:
         dx = Shards(group, vocab_start, weight.shape[0]).sum(dx).to(hidden.dtype)

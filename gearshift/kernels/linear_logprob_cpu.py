@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gearshift.kernels import checks
 from gearshift.kernels.head import CHUNK, Chunks, Head, chunk_view, spans
 from gearshift.kernels.states import FLOOR, empty_states, finite, merge
 
@@ -19,10 +20,11 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def state(
     x: Tensor, weight: Tensor, bias: Tensor | None, local: Tensor, head: Head, entropy: bool, width: int = CHUNK
 ) -> Tensor:
-    """The states `[T, 4]` over this rank's vocabulary, in the dtype of `x [T, H]`.
+    """The states `[T, 4]` of `x [T, H]` over this rank's vocabulary, in fp32 (fp64 where an input is).
 
     `local [T]`: each target's row in `weight`, if it is here. Without `entropy` the numerators are 0.
     """
+    x = x.to(checks.accumulation_dtype(x, weight, bias))
     found = empty_states(x.shape[0], 4, x)
     chunks = Chunks(x, weight, bias, head, width)
     scratch = chunks.buffer() if entropy else None
@@ -42,7 +44,8 @@ def gradients(
     wanted: tuple[bool, bool, bool],
     width: int = CHUNK,
 ) -> Gradients:
-    """dX `[T, H]` in the dtype of x (this rank's part of the sum), dW and db in their inputs' dtypes."""
+    """dX `[T, H]` in fp32 or fp64 (this rank's part of the sum), dW and db in their inputs' dtypes."""
+    x = x.to(checks.accumulation_dtype(x, weight, bias))
     sums = GradientSums(x, weight, bias, wanted)
     chunks = Chunks(x, weight, bias, head, width)
     scratch = None if slopes.of_plogp is None else chunks.buffer()
@@ -68,11 +71,11 @@ def _chunk_state(z: Tensor, column: Tensor, span: slice, scratch: Tensor | None)
 
 
 def weighted_sum(p: Tensor, values: Tensor) -> Tensor:
-    """Σ p·values of each row, where p = 0 adds 0 even if the value is infinite. May overwrite `values`."""
+    """Σ p·values of each row, where p = 0 adds 0 even if the value is infinite."""
     total = torch.linalg.vecdot(p, values)
     if not bool(total.isnan().any()):
         return total
-    return values.mul_(p).masked_fill_(p == 0, 0.0).sum(dim=1)  # a logit of −inf: rare enough to look twice
+    return (values * p).masked_fill_(p == 0, 0.0).sum(dim=1)  # a logit of −inf: rare enough to look twice
 
 
 def target_logit(z: Tensor, column: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ advantages: GAE (arXiv 1506.02438), equations 11 to 16. Letters: B sequences, L 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from gearshift.kernels import checks
 from gearshift.kernels.losses import log_ratio
@@ -57,9 +58,34 @@ def ppo_targets(
     True on each row's first tokens (right-padded; a row may be empty); `scores [B]`. Masked entries may hold anything.
     The value past the last response token is 0. Whitening is over all tokens of all ranks of `group` (None: this
     process only); every rank of it must call, with or without rows.
-    Raises ValueError for shapes, dtypes and settings that cannot be.
+    Raises ValueError for shapes, dtypes, devices and settings that cannot be, and for a mask that is not right-padded:
+    on a GPU, where reading the mask back would cost every call a wait, such a row's advantages are NaN instead.
     """
     _check(logprobs, ref_logprobs, values, mask, scores, kl, estimator=estimator, gamma=gamma, lam=lam)
+    name = None if group is None else group.group_name
+    return Targets(
+        *torch.ops.gearshift.ppo_targets(
+            logprobs, ref_logprobs, values, mask, scores, kl, kl_coef, estimator, gamma, lam, whiten, name
+        )
+    )
+
+
+def implementation(mask: Tensor) -> Callable[..., Targets]:
+    """The function that serves this device."""
+    if mask.is_cuda:
+        from gearshift.kernels import ppo_targets_triton
+
+        return ppo_targets_triton.ppo_targets
+    return vectorized
+
+
+def vectorized(
+    logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, scores: Tensor, kl: Tensor | None,
+    kl_coef: float, estimator: str, gamma: float, lam: float, whiten: bool, group: str | None,
+) -> Targets:  # fmt: skip
+    """By operations on all sequences at once; `group` by its name. fp64 stays fp64."""
+    holes = (mask[:, 1:] & ~mask[:, :-1]).any()
+    checks.require(not holes, "mask must be right-padded: a response token follows a masked one")
     dtype = checks.accumulation_dtype(logprobs, ref_logprobs, values, scores, kl)
 
     def unmasked(tensor: Tensor) -> Tensor:
@@ -137,13 +163,9 @@ def _rewards(kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor
     return penalty + torch.where(last, scores[:, None], 0.0)
 
 
-def _whiten(advantages: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _whiten(advantages: Tensor, mask: Tensor, group: str | None) -> Tensor:
     moments = merge_moments(row_moments(advantages, mask))
-    if group is not None:
-        parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, moments, group=group)
-        moments = merge_moments(torch.stack(parts))
-    count, mean, m2 = moments
+    count, mean, m2 = merge_moments(gather(moments[None], group))
     deviation = torch.sqrt(m2 / count.clamp(min=1.0) + WHITEN_EPSILON)
     # In fp64: an fp32 tensor minus an fp64 scalar would round the mean to fp32 first.
     whitened: Tensor = (advantages.double() - mean) / deviation
@@ -168,6 +190,16 @@ def merge_moments(moments: Tensor) -> Tensor:
     return torch.stack([count, mean, m2])
 
 
+def gather(moments: Tensor, group: str | None) -> Tensor:
+    """`[1, 3] -> [ranks, 3]`, in their order. The group goes by its name, all that an operator can be given."""
+    if group is None:
+        return moments
+    ranks = _resolve_process_group(cast(Any, group))
+    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(parts, moments, group=ranks)
+    return torch.cat(parts)
+
+
 def _check(
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -181,14 +213,46 @@ def _check(
     lam: float,
 ) -> None:
     checks.require_mask(mask)
-    checks.require(mask.dim() == 2, f"mask must be [B, L], got {list(mask.shape)}")
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be [B, L], got {list(mask.shape)}")
     checks.require_float(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores, kl=kl)
     checks.require_shape(
         mask.shape, "[B, L], like mask", logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, kl=kl
     )
     checks.require_shape(mask.shape[:1], "[B], one per row", scores=scores)
+    checks.require_device(
+        mask, "mask", logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores, kl=kl
+    )
     checks.require(estimator in ESTIMATORS, f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
-    checks.require(0 <= gamma <= 1, f"gamma must be within 0 and 1, got {gamma}")
-    checks.require(0 <= lam <= 1, f"lam must be within 0 and 1, got {lam}")
-    holes = (mask[:, 1:] & ~mask[:, :-1]).any()
-    checks.require(not holes, "mask must be right-padded: a response token follows a masked one")
+    checks.require_within(0, 1, gamma=gamma, lam=lam)
+
+
+# --- operator of torch.library: torch.compile and fake tensors pass through ------------------------------------------
+
+
+@torch.library.custom_op(
+    "gearshift::ppo_targets",
+    mutates_args=(),
+    schema="(Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor scores, Tensor? kl, "
+    "float kl_coef, str estimator, float gamma, float lam, bool whiten, str? group) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, scores: Tensor, kl: Tensor | None,
+    kl_coef: float, estimator: str, gamma: float, lam: float, whiten: bool, group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of `Targets`."""
+    found = implementation(mask)(
+        logprobs, ref_logprobs, values, mask, scores, kl, kl_coef, estimator, gamma, lam, whiten, group
+    )
+    rewards, kl, advantages, returns = (tensor.contiguous() for tensor in found)
+    return rewards, kl, advantages, returns
+
+
+@_forward.register_fake
+def _(
+    logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, scores: Tensor, kl: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = checks.accumulation_dtype(logprobs, ref_logprobs, values, scores, kl)
+    rewards, kl, advantages, returns = (mask.new_empty(mask.shape, dtype=dtype) for _ in Targets._fields)
+    return rewards, kl, advantages, returns

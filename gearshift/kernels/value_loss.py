@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gearshift.kernels.losses import Loss, ReadyGradient, divisor, prepare, summed
+from gearshift.kernels.losses import (
+    Formed,
+    Loss,
+    check,
+    divisor,
+    fake,
+    masked,
+    save_gradient,
+    scale_gradient,
+    split_count,
+    summed,
+)
+
+METRICS = ("tokens", "clipped", "returns", "returns_sq", "error", "error_sq")
 
 
 def value_loss(
@@ -26,25 +42,36 @@ def value_loss(
     1 − Var(R − v) / Var(R): `returns`, `returns_sq`, `error` (R − v), `error_sq`, as sums.
     Raises ValueError for shapes, dtypes and settings that cannot be.
     """
-    new, old, target = prepare(mask, clip, values=values, old_values=old_values, returns=returns)
-    with torch.no_grad():
-        error = target - new
-        free = error.square()
-        # clamp() leaves v itself inside the band; v_old + (v − v_old) would differ by a rounding and count as clipped.
-        bound = (target - torch.clamp(new, old - clip, old + clip)).square()
-        clipped = bound > free
-        count = divisor(tokens, mask, error)
-        gradient = torch.where(clipped, 0.0, -error / count)
-        metrics = {
-            "tokens": summed(mask),
-            "clipped": summed(clipped),
-            "returns": summed(target),
-            "returns_sq": summed(target.double().square()),
-            "error": summed(error),
-            "error_sq": summed(error.double().square()),
-        }
-        value = 0.5 * torch.maximum(free, bound).sum() / count
-    return Loss(ReadyGradient.apply(new, value, gradient), metrics)
+    check(mask, clip, tokens, values=values, old_values=old_values, returns=returns)
+    loss, metrics, _ = torch.ops.gearshift.value_loss(
+        values, old_values, returns, mask, clip, *split_count(tokens, mask)
+    )
+    return Loss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
+
+
+def implementation(mask: Tensor) -> Callable[..., Formed]:
+    """The function that serves this device."""
+    if mask.is_cuda:
+        from gearshift.kernels import losses_triton
+
+        return losses_triton.value_loss
+    return vectorized
+
+
+def vectorized(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, tokens: Tensor | None, count: int
+) -> Formed:
+    """By operations on whole tensors; `tokens`, or `count` where that is None, to divide by. fp64 stays fp64."""
+    new, old, target = masked(mask, values, old_values, returns)
+    error = target - new
+    free = error.square()
+    # clamp() leaves v itself inside the band; v_old + (v − v_old) would differ by a rounding and count as clipped.
+    bound = (target - torch.clamp(new, old - clip, old + clip)).square()
+    clipped = bound > free
+    by = divisor(count if tokens is None else tokens, mask, error)
+    gradient = torch.where(clipped, 0.0, -error / by)
+    metrics = summed(mask, clipped, target, target.double().square(), error, error.double().square())
+    return Formed(0.5 * torch.maximum(free, bound).sum() / by, metrics, gradient)
 
 
 def plain(
@@ -57,7 +84,33 @@ def plain(
     tokens: int | Tensor,
 ) -> Tensor:
     """What `value_loss(...).loss` means, by autograd."""
-    new, old, target = prepare(mask, clip, values=values, old_values=old_values, returns=returns)
+    check(mask, clip, tokens, values=values, old_values=old_values, returns=returns)
+    new, old, target = masked(mask, values, old_values, returns)
     near = old + torch.clamp(new - old, -clip, clip)
     worse = torch.maximum((new - target).square(), (near - target).square())
     return 0.5 * torch.where(mask, worse, 0.0).sum() / divisor(tokens, mask, worse)
+
+
+# --- operator of torch.library: torch.compile and fake tensors pass through ------------------------------------------
+
+
+@torch.library.custom_op(
+    "gearshift::value_loss",
+    mutates_args=(),
+    schema="(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip, Tensor? tokens, SymInt count) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _forward(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, tokens: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics in the order of METRICS, and the gradient."""
+    formed = implementation(mask)(values, old_values, returns, mask, clip, tokens, count)
+    return formed.loss, formed.metrics, formed.gradient.contiguous()
+
+
+@_forward.register_fake
+def _(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fake(len(METRICS), mask, values, old_values, returns)
+
+
+_forward.register_autograd(scale_gradient, setup_context=save_gradient)

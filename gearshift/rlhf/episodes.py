@@ -23,11 +23,13 @@ def build_episodes(
     ppo: PpoSettings,
     kl_coef: float,
     world: World,
+    kl: Tensor | None = None,
 ) -> Episodes:
     """The global batch of an iteration, the same on every rank. Collective.
 
-    scores [B], ref_logprobs and values [B, L] of this rank's rollouts. Episodes are a few bytes a token, so every
-    rank holds them all: whitening, shuffling and metrics are then those of the whole batch whatever the rank count.
+    scores [B], ref_logprobs, values and (in place of an estimate) kl [B, L] of this rank's rollouts. Episodes are a
+    few bytes a token, so every rank holds them all: whitening, shuffling and metrics are then those of the whole batch
+    whatever the rank count.
     """
     nothing = torch.zeros_like(values)
     mine = Episodes(
@@ -36,7 +38,7 @@ def build_episodes(
         values=values,
         scores=scores,
         rewards=nothing,
-        kl=nothing,
+        kl=nothing if kl is None else kl,
         advantages=nothing,
         returns=nothing,
     )
@@ -48,7 +50,8 @@ def build_episodes(
         every.mask,
         every.scores,
         kl_coef=kl_coef,
-        estimator=ppo.kl.estimator,
+        estimator="k1" if ppo.kl.estimator == "exact" else ppo.kl.estimator,
+        kl=None if kl is None else every.kl,
         gamma=ppo.gamma,
         lam=ppo.lam,
         whiten=ppo.whiten,

@@ -80,9 +80,11 @@ class Ppo:
             rollouts = generator.generate(prompts, self.sampling)
         with phases.phase("score"):
             scores = self.reward_model.score(rollouts)
-            ref_logprobs = self.reference.logprobs(rollouts, self.sampling.temperature)
+            ref_logprobs, kl = self.held_against_reference(rollouts)
             values = self.critic.values(rollouts)
-            episodes = build_episodes(rollouts, scores, ref_logprobs, values, self.config.ppo, self.kl.coef, self.world)
+            episodes = build_episodes(
+                rollouts, scores, ref_logprobs, values, self.config.ppo, self.kl.coef, self.world, kl
+            )
             self.check_finite(episodes, number)
             gap = self.logprob_gap(rollouts)
         metrics = episode_metrics(episodes, self.kl.coef)
@@ -105,6 +107,13 @@ class Ppo:
         return (
             metrics | sums.metrics() | self.timings(phases, episodes) | {"objective/episodes": number * len(episodes)}
         )
+
+    def held_against_reference(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
+        """The reference's log-probs [B, L], and with the exact estimator the KL to it [B, L]. Collective."""
+        if self.config.ppo.kl.estimator == "exact":
+            _, ref_logprobs, kl = self.policy.against(self.reference, rollouts, self.sampling.temperature)
+            return ref_logprobs, kl
+        return self.reference.logprobs(rollouts, self.sampling.temperature), None
 
     def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor) -> Loss:
         """The clipped surrogate on a micro-batch; `count`: response tokens of the global minibatch."""
