@@ -32,3 +32,11 @@ def two_ranks() -> Iterator[WorkerGroup]:
     group = WorkerGroup(2)
     yield group
     group.stop()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[WorkerGroup]:
+    """A world of four gloo ranks for each test file that asks for it."""
+    group = WorkerGroup(4)
+    yield group
+    group.stop()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.placement import Placement
 from gearshift.errors import UserError
 
 
@@ -180,19 +181,18 @@ def _quiet_stdout() -> Iterator[None]:
 class TensorParallelGroup:
     """The ranks that hold one replica of the rollout weights together.
 
-    Ranks are cut in consecutive groups of `size`. On CPU the all-reduce goes through DeepSpeed's shared memory where
-    that is right: it ignores the group, so only when the group is the whole world and the world is one host.
+    `placement` says which; `rank` is this one's part, `index` its group. On CPU the all-reduce goes through DeepSpeed's
+    shared memory where that is right: it ignores the group, so only when the group is the whole world and the world is
+    one host.
     """
 
     def __init__(self, world: World, size: int):
-        if world.size % size:
-            raise ValueError(f"{world.size} ranks cannot be cut in tensor-parallel groups of {size}")
+        self.placement = Placement(world.size, size, world.local_size)
         self.world, self.size = world, size
-        self.rank = world.rank % size
-        self.index = world.rank // size
+        self.rank, self.index = self.placement.part(world.rank), self.placement.group_of(world.rank)
         self.group: dist.ProcessGroup | None = None
         if size > 1:
-            groups = [dist.new_group(list(range(g * size, (g + 1) * size))) for g in range(world.size // size)]
+            groups = [dist.new_group(self.placement.group(g)) for g in range(self.placement.group_count)]
             self.group = groups[self.index]
         self._shared_memory = (
             world.device.type == "cpu"

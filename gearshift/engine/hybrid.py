@@ -53,8 +53,7 @@ class HybridEngine(CausalModel):
             plan = ReshardPlan.build(
                 self._replica.shapes,
                 self._replica.layout.splits,
-                self.world.size,
-                self.group.size,
+                self.group.placement,
                 self.bucket_bytes // torch.finfo(self.dtype).bits * 8,
             )
             self._shift = Shift(plan, self.world)

@@ -1,6 +1,6 @@
 """The plan of a shift: which elements each rank sends to each other, a pure function of shapes.
 
-Letters: N ranks of ZeRO-3, t of a tensor-parallel group, rank r of N has tensor-parallel rank r mod t.
+Letters: N ranks of ZeRO-3, t of a tensor-parallel group.
 
 ZeRO-3 holds a parameter flattened and cut in N contiguous shards of ceil(numel / N) elements. A tensor-parallel slice
 is a range of one dimension, that is, columns [lo, hi) of a matrix [outer, pitch] seen in row-major order. Their
@@ -11,10 +11,17 @@ never lists indices and can be made for a thousand ranks.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gearshift.engine.layout import Split
+from gearshift.engine.placement import Placement
+
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one shift moves, in elements, `[N]` each: per rank what its slices hold, what it gets from other ranks (in
+    all, and from other hosts), what it sends to others.
+
+    `received` is the least that any way of shifting to this layout can do: what a rank needs and does not hold.
+    """
+
+    needed: Counts
+    received: Counts
+    received_between_hosts: Counts
+    sent: Counts
+
+
+@dataclass(frozen=True)
 class ReshardPlan:
     """Buckets of items, and the geometry from which every rank's pieces follow.
 
@@ -54,8 +75,7 @@ class ReshardPlan:
 
     shapes: dict[str, tuple[int, ...]]
     splits: dict[str, Split]
-    zero_world: int
-    tp_size: int
+    placement: Placement
     buckets: tuple[tuple[Item, ...], ...]
 
     @classmethod
@@ -63,14 +83,11 @@ class ReshardPlan:
         cls,
         shapes: dict[str, tuple[int, ...]],
         splits: dict[str, Split],
-        zero_world: int,
-        tp_size: int,
+        placement: Placement,
         bucket_elements: int = 16 << 20,
     ) -> ReshardPlan:
         """No rank's bucket holds more than `bucket_elements` elements to receive (of a parameter larger than that,
         consecutive ranges)."""
-        if zero_world % tp_size:
-            raise ValueError(f"tensor-parallel groups of {tp_size} do not divide {zero_world} ranks")
         buckets: list[tuple[Item, ...]] = []
         current: list[Item] = []
         room = bucket_elements
@@ -86,12 +103,12 @@ class ReshardPlan:
                 low = high
         if current:
             buckets.append(tuple(current))
-        return cls(shapes, splits, zero_world, tp_size, tuple(buckets))
+        return cls(shapes, splits, placement, tuple(buckets))
 
     def shard(self, name: str, rank: int) -> tuple[int, int]:
         """The flat range of a parameter that a ZeRO-3 rank holds (empty past the end)."""
         numel = math.prod(self.shapes[name])
-        size = -(-numel // self.zero_world)
+        size = -(-numel // self.placement.ranks)
         return min(numel, rank * size), min(numel, (rank + 1) * size)
 
     def pieces(self, item: Item, sender: int, receiver: int) -> list[Piece]:
@@ -100,22 +117,47 @@ class ReshardPlan:
         low, high = max(shard_low, item.low), min(shard_high, item.high)
         if low >= high:
             return []
-        return list(intersect(self.shapes[item.name], self.splits[item.name], receiver % self.tp_size, low, high))
+        part = self.placement.part(receiver)
+        return list(intersect(self.shapes[item.name], self.splits[item.name], part, low, high))
 
-    def received_elements(self, rank: int) -> int:
-        """Elements that the rank gets from others in one shift: what its slices need and its shards lack."""
-        return sum(
-            piece.elements
-            for bucket in self.buckets
-            for item in bucket
-            for sender in range(self.zero_world)
-            if sender != rank
-            for piece in self.pieces(item, sender, rank)
-        )
+    def traffic(self) -> Traffic:
+        """Counted for all ranks at once, once for each shape and split that the parameters have."""
+        ranks = self.placement.ranks
+        part = np.array([self.placement.part(rank) for rank in range(ranks)])
+        first = np.arange(ranks) // self.placement.per_host * self.placement.per_host
+        last = np.minimum(first + self.placement.per_host, ranks)
+        holders = np.bincount(part, minlength=self.placement.tp_size)
+        total = Traffic(*(np.zeros(ranks, dtype=np.int64) for _ in range(4)))
+        for (shape, split), times in Counter((self.shapes[n], self.splits[n]) for n in self.shapes).items():
+            numel = math.prod(shape)
+            edges = np.minimum(np.arange(ranks + 1) * -(-numel // ranks), numel)
+            below = np.stack([elements_below(shape, split, p, edges) for p in range(self.placement.tp_size)])
+            held = np.diff(below)  # [t, N]: what each rank's shard has of each part
+            needed, own = below[part, -1], held[part, np.arange(ranks)]
+            on_host = below[part, last] - below[part, first]
+            for counts, found in (
+                (total.needed, needed),
+                (total.received, needed - own),
+                (total.received_between_hosts, needed - on_host),
+                (total.sent, holders @ held - own),
+            ):
+                counts += times * found
+        return total
 
 
-def intersect(shape: tuple[int, ...], split: Split, tp_rank: int, low: int, high: int) -> Iterator[Piece]:
-    """The flat range [low, high) of a tensor ∩ the slice of a tensor-parallel rank, as at most three pieces.
+def elements_below(shape: tuple[int, ...], split: Split, part: int, index: Counts) -> Counts:
+    """How many elements of a part of a tensor have a flat index below each of the given ones."""
+    if split.dim is None:
+        return index
+    inner = math.prod(shape[split.dim + 1 :])
+    low, high = (edge * inner for edge in split.ranges[part])
+    rows, columns = np.divmod(index, shape[split.dim] * inner)
+    below: Counts = rows * (high - low) + np.clip(columns - low, 0, high - low)
+    return below
+
+
+def intersect(shape: tuple[int, ...], split: Split, part: int, low: int, high: int) -> Iterator[Piece]:
+    """The flat range [low, high) of a tensor ∩ one part of it, as at most three pieces.
 
     Source offsets count from `low`'s own shard start in flat order, given as offsets from flat element 0 (the caller
     of `Piece.source` subtracts the shard's start); destinations count within the dense slice.
@@ -125,7 +167,7 @@ def intersect(shape: tuple[int, ...], split: Split, tp_rank: int, low: int, high
         return
     inner = math.prod(shape[split.dim + 1 :])
     pitch = shape[split.dim] * inner
-    lo, hi = (edge * inner for edge in split.ranges[tp_rank])
+    lo, hi = (edge * inner for edge in split.ranges[part])
     width = hi - lo
     if width <= 0:
         return

@@ -45,7 +45,7 @@ class Shift:
 
     def __init__(self, plan: ReshardPlan, world: World):
         self.plan, self.world = plan, world
-        rank, ranks = world.rank, range(plan.zero_world)
+        rank, ranks = world.rank, range(plan.placement.ranks)
         self._local = [self._moves(bucket, rank, rank) for bucket in plan.buckets]
         self._send = [[self._moves(b, rank, other) if other != rank else [] for other in ranks] for b in plan.buckets]
         self._receive = [

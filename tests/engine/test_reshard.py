@@ -1,6 +1,7 @@
 """The plan of a shift, played on index tensors for all ranks at once: no processes, any shapes and splits."""
 
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gearshift.engine.layout import Split
+from gearshift.engine.placement import Placement
 from gearshift.engine.reshard import Piece, ReshardPlan
 
 Ranges = tuple[tuple[int, int], ...]
@@ -45,7 +47,10 @@ def plans(draw: Any) -> tuple[ReshardPlan, int]:
     named = {f"p{i}": draw(parameters(tp_size)) for i in range(draw(st.integers(1, 4)))}
     bucket = draw(st.integers(1, 50))
     shapes, splits = {n: shape for n, (shape, _) in named.items()}, {n: split for n, (_, split) in named.items()}
-    return ReshardPlan.build(shapes, splits, tp_size * draw(st.integers(1, 3)), tp_size, bucket), bucket
+    groups = draw(st.integers(1, 3))
+    # One host; hosts of one group each, or of two where they are even.
+    per_host = draw(st.sampled_from([tp_size * groups, tp_size, *([2 * tp_size] if groups % 2 == 0 else [])]))
+    return ReshardPlan.build(shapes, splits, Placement(tp_size * groups, tp_size, per_host), bucket), bucket
 
 
 def whole_tensor(plan: ReshardPlan, name: str) -> Tensor:
@@ -57,15 +62,15 @@ def wanted_slice(plan: ReshardPlan, name: str, rank: int) -> Tensor:
     split, whole = plan.splits[name], whole_tensor(plan, name)
     if split.dim is None:
         return whole
-    low, high = split.ranges[rank % plan.tp_size]
+    low, high = split.ranges[plan.placement.part(rank)]
     return whole.narrow(split.dim, low, high - low)
 
 
 def shards_of(plan: ReshardPlan, name: str) -> list[Tensor]:
     """ZeRO-3's cut: flattened, padded to a multiple of the ranks, equal parts; without the padding."""
     flat = whole_tensor(plan, name).flatten()
-    size = math.ceil(len(flat) / plan.zero_world)
-    return [flat[rank * size : (rank + 1) * size] for rank in range(plan.zero_world)]
+    size = math.ceil(len(flat) / plan.placement.ranks)
+    return [flat[rank * size : (rank + 1) * size] for rank in range(plan.placement.ranks)]
 
 
 def move(piece: Piece, shard: Tensor, shard_start: int, flat: Tensor) -> None:
@@ -83,14 +88,14 @@ def move(piece: Piece, shard: Tensor, shard_start: int, flat: Tensor) -> None:
 @given(plans())
 def test_every_rank_gets_exactly_its_slices(case: tuple[ReshardPlan, int]) -> None:
     plan, bucket_elements = case
-    for receiver in range(plan.zero_world):
+    for receiver in range(plan.placement.ranks):
         slices = {n: torch.full(wanted_slice(plan, n, receiver).shape, -1) for n in plan.shapes}
         flat = {n: t.view(-1) for n, t in slices.items()}
         for bucket in plan.buckets:
             arriving = 0
             for item in bucket:
                 shards = shards_of(plan, item.name)
-                for sender in range(plan.zero_world):
+                for sender in range(plan.placement.ranks):
                     pieces = plan.pieces(item, sender, receiver)
                     assert len(pieces) <= 3
                     for piece in pieces:
@@ -104,13 +109,26 @@ def test_every_rank_gets_exactly_its_slices(case: tuple[ReshardPlan, int]) -> No
 @settings(max_examples=200, deadline=None)
 @given(plans())
 def test_a_rank_receives_only_what_it_lacks(case: tuple[ReshardPlan, int]) -> None:
+    """The traffic is what the pieces add up to, and that is what each rank needs and does not hold: by brute force."""
     plan, _ = case
-    for rank in range(plan.zero_world):
-        lacking = 0
+    traffic, ranks = plan.traffic(), range(plan.placement.ranks)
+    sent = dict.fromkeys(ranks, 0)
+    for rank in ranks:
+        needed = lacking = elsewhere = 0
         for name in plan.shapes:
-            held = set(shards_of(plan, name)[rank].tolist())
-            lacking += len(set(wanted_slice(plan, name, rank).flatten().tolist()) - held)
-        assert plan.received_elements(rank) == lacking
+            shards, wanted = shards_of(plan, name), set(wanted_slice(plan, name, rank).flatten().tolist())
+            needed += len(wanted)
+            lacking += len(wanted - set(shards[rank].tolist()))
+            for other in ranks:
+                moved = sum(p.elements for b in plan.buckets for i in b if i.name == name
+                            for p in plan.pieces(i, other, rank))  # fmt: skip
+                assert moved == len(wanted & set(shards[other].tolist()))
+                sent[other] += moved if other != rank else 0
+                elsewhere += moved if plan.placement.host(other) != plan.placement.host(rank) else 0
+        assert traffic.needed[rank] == needed
+        assert traffic.received[rank] == lacking
+        assert traffic.received_between_hosts[rank] == elsewhere
+    assert traffic.sent.tolist() == list(sent.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -132,11 +150,71 @@ def test_bytes_of_a_layer_are_the_formula() -> None:
     size = 16
     shapes: dict[str, tuple[int, ...]] = {"column": (size, size), "row": (size, size), "whole": (size,)}
     splits = {"column": Split(0, uneven_ranges(size, 4)), "row": Split(1, uneven_ranges(size, 4)), "whole": Split()}
-    plan = ReshardPlan.build(shapes, splits, 4, 4)
+    plan = ReshardPlan.build(shapes, splits, Placement(4, 4, 4))
     moved = size * size // 4 * 3 // 4 + size * 3 // 4
-    assert [plan.received_elements(rank) for rank in range(4)] == [moved] * 4
+    assert plan.traffic().received.tolist() == [moved] * 4
+
+
+def test_the_order_of_ranks_on_one_host_moves_least() -> None:
+    """4 ranks in two groups of 2: columns cost 1/t − 1/N of the matrix, as ENGINE's formula says for r·t // N.
+
+    Groups of consecutive ranks, as they are laid out over several hosts, would leave two ranks with nothing of theirs.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"column": (16, 16)}
+    splits = {"column": Split(0, uneven_ranges(16, 2))}
+
+    def received(per_host: int) -> list[int]:
+        found: list[int] = ReshardPlan.build(shapes, splits, Placement(4, 2, per_host)).traffic().received.tolist()
+        return found
+
+    assert received(per_host=4) == [64, 64, 64, 64]
+    assert received(per_host=2) == [64, 128, 128, 64]
+
+
+# Hidden, intermediate, layers, key/value heads of 128; 128,256 tokens, 64 or 128 heads of 128.
+LLAMA_70B, LLAMA_405B = (8192, 28672, 80, 8), (16384, 53248, 126, 8)
+
+
+def llama(hidden: int, intermediate: int, layers: int, kv_heads: int, tp_size: int) -> tuple[dict[str, Any], Any]:
+    """Shapes and splits as `TensorParallelLayout` gives them."""
+    one: dict[str, tuple[tuple[int, ...], int | None]] = {
+        "q": ((hidden, hidden), 0), "k": ((kv_heads * 128, hidden), 0), "v": ((kv_heads * 128, hidden), 0),
+        "o": ((hidden, hidden), 1), "gate": ((intermediate, hidden), 0), "up": ((intermediate, hidden), 0),
+        "down": ((hidden, intermediate), 1), "norm": ((hidden,), None), "post_norm": ((hidden,), None),
+    }  # fmt: skip
+    named = {f"layers.{i}.{name}": value for i in range(layers) for name, value in one.items()}
+    named |= {"embed": ((128_256, hidden), 0), "head": ((128_256, hidden), 0), "norm": ((hidden,), None)}
+    splits = {n: Split() if d is None else Split(d, uneven_ranges(s[d], tp_size)) for n, (s, d) in named.items()}
+    return {name: shape for name, (shape, _) in named.items()}, splits
+
+
+@pytest.mark.parametrize(("size", "ranks", "billions"), [(LLAMA_70B, 64, 70.6), (LLAMA_405B, 1024, 405.8)])
+def test_a_plan_for_a_large_model_is_small(size: tuple[int, int, int, int], ranks: int, billions: float) -> None:
+    shapes, splits = llama(*size, tp_size=8)
+    assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.1)
+    tracemalloc.start()
+    plan = ReshardPlan.build(shapes, splits, Placement(ranks, 8, 8))
+    traffic = plan.traffic()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 50e6
+    assert traffic.sent.sum() == traffic.received.sum()
+    # A rank needs an eighth of the splits, and has about an N-th of that; all but a host's share comes from others.
+    assert traffic.received.mean() == pytest.approx(billions * 1e9 / 8, rel=0.02)
+    assert traffic.received_between_hosts.mean() > 0.8 * traffic.received.mean()
+
+
+@pytest.mark.parametrize(("ranks", "tp_size", "per_host"), [(8, 2, 8), (8, 4, 4), (8, 8, 4), (4, 1, 4)])
+def test_every_rank_is_in_one_group_and_every_part_in_each(ranks: int, tp_size: int, per_host: int) -> None:
+    placement = Placement(ranks, tp_size, per_host)
+    groups = [placement.group(index) for index in range(placement.group_count)]
+    assert sorted(rank for group in groups for rank in group) == list(range(ranks))
+    for index, group in enumerate(groups):
+        assert [placement.part(rank) for rank in group] == list(range(tp_size))
+        assert {placement.group_of(rank) for rank in group} == {index}
+        assert len({placement.host(rank) for rank in group}) == max(1, tp_size // per_host)
 
 
 def test_groups_must_divide_the_ranks() -> None:
     with pytest.raises(ValueError, match="groups of 2 do not divide 3 ranks"):
-        ReshardPlan.build({"p": (4,)}, {"p": Split()}, 3, 2)
+        Placement(3, 2, 3)
