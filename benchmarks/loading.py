@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path.pop(0)  # `kernels` of this folder would hide Hugging Face's package of that name from transformers
+
 import torch
 import torch.distributed as dist
 

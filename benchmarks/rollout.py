@@ -18,10 +18,14 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path.pop(0)  # `kernels` of this folder would hide Hugging Face's package of that name from transformers
 
 import torch
 import torch.distributed as dist
