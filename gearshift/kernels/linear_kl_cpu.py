@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gearshift.kernels import checks
-from gearshift.kernels.head import CHUNK, Chunks, Head, chunk_view, spans
+from gearshift.kernels.head import Chunks, Head, chunk_view, spans
 from gearshift.kernels.linear_logprob_cpu import (
     Gradients,
     GradientSums,
@@ -21,6 +21,10 @@ from gearshift.kernels.linear_logprob_cpu import (
     weighted_sum,
 )
 from gearshift.kernels.states import FLOOR, empty_states, finite, merge
+
+# Columns of a chunk and tokens of a block of it: three such blocks stay in a processor's second-level cache. At T=2048,
+# H=768, V=50257 1.1 times as long as two `linear_logprob`; with chunks of 4,096 columns, all tokens at once, 1.3 times.
+WIDTH, ROWS = 1024, 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Side:
         return Chunks(self.x.to(dtype), self.weight, self.bias, self.head, width)
 
 
-def state(policy: Side, reference: Side, local: Tensor, entropy: bool, width: int = CHUNK) -> Tensor:
+def state(policy: Side, reference: Side, local: Tensor, entropy: bool, width: int = WIDTH) -> Tensor:
     """The states `[T, 8]` over this rank's vocabulary, in fp32 (fp64 where an input is).
 
     `local [T]`: each target's row in the weights, if it is here. Without `entropy` its numerators are 0.
@@ -46,8 +50,12 @@ def state(policy: Side, reference: Side, local: Tensor, entropy: bool, width: in
     found, scratch = empty_states(local.shape[0], 8, ours.x), ours.buffer()
     for span in spans(policy.weight.shape[0], width):
         z, y = ours.logits(span, ours.rows(span)), theirs.logits(span, theirs.rows(span))
-        part = _chunk_state(z, y, local - span.start, entropy, chunk_view(scratch, z.shape[0], span))
-        found = merge(torch.stack([found, part]))
+        column = local - span.start
+        parts = [
+            _chunk_state(z[r], y[r], column[r], entropy, chunk_view(scratch, len(z[r]), span))
+            for r in spans(len(z), ROWS)
+        ]
+        found = merge(torch.stack([found, *([torch.cat(parts)] if parts else [])]))
     return found
 
 
@@ -57,7 +65,7 @@ def gradients(
     local: Tensor,
     slopes: KlSlopes,
     wanted: tuple[bool, bool, bool],
-    width: int = CHUNK,
+    width: int = WIDTH,
 ) -> Gradients:
     """The policy's dX `[T, H]` in fp32 or fp64 (this rank's part of the sum), dW and db in their inputs' dtypes."""
     dtype = both_dtypes(policy, reference)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gearshift.kernels import checks
 from gearshift.kernels.losses_triton import log_ratio
-from gearshift.kernels.ppo_targets import WHITEN_EPSILON, Targets, gather
+from gearshift.kernels.moments import WHITEN_EPSILON, gather
+from gearshift.kernels.ppo_targets import Targets
 from gearshift.kernels.triton_launch import TYPES, Form, Launch
 
 EPSILON = tl.constexpr(WHITEN_EPSILON)
@@ -156,7 +157,7 @@ def ppo_targets(
     logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, scores: Tensor, kl: Tensor | None,
     kl_coef: float, estimator: str, gamma: float, lam: float, whiten: bool, group: str | None,
 ) -> Targets:  # fmt: skip
-    """As `ppo_targets.vectorized`."""
+    """As `ppo_targets_cpu.ppo_targets`."""
     dtype = checks.accumulation_dtype(logprobs, ref_logprobs, values, scores, kl)
     rows, length = mask.shape
     mask = mask.contiguous()

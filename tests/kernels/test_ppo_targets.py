@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gearshift.kernels import Targets, ppo_targets, ppo_targets_triton
-from gearshift.kernels.ppo_targets import plain, suffix_sums
+from gearshift.kernels.ppo_targets import plain
+from gearshift.kernels.ppo_targets_cpu import suffix_sums
 from gearshift.kernels.triton_launch import Launch
 from tests.kernels.devices import PATHS, device, take
 from tests.kernels.ranks import run_ranks
