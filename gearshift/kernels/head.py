@@ -13,8 +13,7 @@ from torch import Tensor
 
 from gearshift.kernels import checks
 
-# Columns held at once. Measured on a CPU at T=2048, H=768, V=50257: 0.78 of the time of log_softmax over whole logits
-# forward, and less than half its memory; wider chunks leave the cache.
+# Columns held at once: 32 MiB of logits at 2,048 tokens, where all of V=50257 would be 392 MiB.
 CHUNK = 4096
 
 

@@ -5,16 +5,23 @@ Letters: T tokens, H hidden, V vocabulary rows of this rank, C columns of a chun
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from gearshift.kernels import checks
-from gearshift.kernels.head import CHUNK, Chunks, Head, chunk_view, spans
+from gearshift.kernels.head import CHUNK, Chunks, Head, spans
 from gearshift.kernels.states import FLOOR, empty_states, finite, merge
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+S = TypeVar("S")
+
+# Logits worked on together, 1 MiB in fp32: half of a second-level cache. At T=2048, H=768, V=50257 forward and backward
+# take 1.3 of three plain products, 1.36 without blocks; with the entropy 1.37 and 1.52.
+BLOCK_ELEMENTS = 256 << 10
 
 
 def state(
@@ -29,8 +36,9 @@ def state(
     chunks = Chunks(x, weight, bias, head, width)
     scratch = chunks.buffer() if entropy else None
     for span in spans(weight.shape[0], width):
-        z = chunks.logits(span, chunks.rows(span))
-        found = merge(torch.stack([found, _chunk_state(z, local - span.start, span, scratch)]))
+        z, column = chunks.logits(span, chunks.rows(span)), local - span.start
+        parts = [_block_state(z[r], column[r], room(scratch, z[r])) for r in spans(len(z), block_rows(width))]
+        found = merge(torch.stack([found, torch.cat(parts)])) if parts else found
     return found
 
 
@@ -49,24 +57,42 @@ def gradients(
     sums = GradientSums(x, weight, bias, wanted)
     chunks = Chunks(x, weight, bias, head, width)
     scratch = None if slopes.of_plogp is None else chunks.buffer()
+    blocks = [(r, rows_of(slopes, r)) for r in spans(x.shape[0], block_rows(width))]
     for span in spans(weight.shape[0], width):
         rows = chunks.rows(span)
-        z = chunks.logits(span, rows)
-        tanh_slope = head.tanh_slope(z)
-        dz = slopes.logit_gradient(z, local - span.start, room(scratch, x.shape[0], span))
-        sums.add(span, rows, dz if tanh_slope is None else dz.mul_(tanh_slope))
+        z, column = chunks.logits(span, rows), local - span.start
+        for r, block in blocks:
+            tanh_slope = head.tanh_slope(z[r])
+            dz = block.logit_gradient(z[r], column[r], room(scratch, z[r]))
+            if tanh_slope is not None:
+                dz.mul_(tanh_slope)
+        sums.add(span, rows, z)
     return sums.dx, sums.dweight, sums.dbias
 
 
-def _chunk_state(z: Tensor, column: Tensor, span: slice, scratch: Tensor | None) -> Tensor:
-    """The states of one chunk; overwrites z."""
+def block_rows(width: int) -> int:
+    """Tokens of a chunk that are worked on together: so few that they stay in the cache from one step to the next."""
+    return max(1, BLOCK_ELEMENTS // width)
+
+
+def rows_of(slopes: S, rows: slice) -> S:
+    """The slopes of some tokens."""
+    fields = {f.name: getattr(slopes, f.name) for f in dataclasses.fields(cast(Any, slopes))}
+    return type(slopes)(**{
+        name: None if value is None else rows_of(value, rows) if dataclasses.is_dataclass(value) else value[rows]
+        for name, value in fields.items()
+    })  # fmt: skip
+
+
+def _block_state(z: Tensor, column: Tensor, scratch: Tensor | None) -> Tensor:
+    """The states of some tokens over one chunk; overwrites z and scratch."""
     target = target_logit(z, column)
     top = z.amax(dim=1)
     z.sub_(finite(top)[:, None])
     if scratch is None:
         total = z.exp_().sum(dim=1)
         return torch.stack([top, total, torch.zeros_like(total), target], dim=1)
-    p = torch.exp(z, out=chunk_view(scratch, z.shape[0], span))
+    p = torch.exp(z, out=scratch)
     return torch.stack([top, p.sum(dim=1), weighted_sum(p, z), target], dim=1)
 
 
@@ -89,9 +115,9 @@ def hits(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return (column >= 0) & (column < z.shape[1]), column.clamp(0, z.shape[1] - 1)
 
 
-def room(scratch: Tensor | None, tokens: int, span: slice) -> Tensor | None:
-    """A chunk's view of a buffer that may not be needed."""
-    return None if scratch is None else chunk_view(scratch, tokens, span)
+def room(scratch: Tensor | None, z: Tensor) -> Tensor | None:
+    """As much of a buffer that may not be needed as z takes."""
+    return None if scratch is None else scratch[: z.numel()].view(z.shape)
 
 
 @dataclass(frozen=True)
@@ -119,7 +145,7 @@ class Slopes:
         return cls(finite(top), g, -g / total, of_plogp, numerator / total)
 
     def logit_gradient(self, z: Tensor, column: Tensor, scratch: Tensor | None) -> Tensor:
-        """`[T, C]`; overwrites z. `scratch` (of z's shape) is needed for the entropy's gradient only."""
+        """`[T, C]`, in the place of z. `scratch` (of z's shape) is needed for the entropy's gradient only."""
         z.sub_(self.top[:, None])
         if self.of_plogp is None:
             dz = z.exp_().mul_(self.of_p[:, None])

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gearshift.kernels import linear_kl, linear_logprob
 from gearshift.kernels import linear_kl_cpu as cpu
 from gearshift.kernels import linear_kl_triton as triton
+from gearshift.kernels import linear_logprob_cpu as blocks
 from gearshift.kernels import linear_logprob_triton as chunks
 from gearshift.kernels.linear_kl import plain
 from tests.kernels.devices import device
@@ -39,6 +40,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     module: ModuleType = request.param
     monkeypatch.setattr(MODULE, "implementation", lambda hidden: module)
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", T * 4096)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * cpu.WIDTH)  # five tokens at a time
     return device() if module is triton else "cpu"
 
 
