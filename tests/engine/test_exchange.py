@@ -112,7 +112,7 @@ def shift_in_buckets(world: World, folder: str, bucket_bytes: int, dtype: torch.
                 low, high = split.ranges[world.rank]
                 whole = whole.narrow(split.dim, low, high - low)
             wrong += not torch.equal(whole, replica.slices[name])
-    return wrong, policy.shift_bytes, shift.plan.received_elements(world.rank) * dtype.itemsize
+    return wrong, policy.shift_bytes, int(shift.plan.traffic().received[world.rank]) * dtype.itemsize
 
 
 @pytest.mark.parametrize("bucket_bytes", [64 << 20, 4096, 136])
