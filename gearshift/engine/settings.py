@@ -60,8 +60,8 @@ class RolloutSettings(Section):
         """The bound on `rollout/logprob_gap` in nats, the default included."""
         if self.logprob_gap_limit is not None:
             return self.logprob_gap_limit
-        # Rounding grows with a model's logits: 1e-5 where they stay below 10, several times that at 25. What is wrong
-        # (a mask, a position, stale weights) is off by tenths.
+        # Rounding grows with a model's logits, so this leaves room above the 1e-5 of models with small ones. What is
+        # wrong (a mask, a position, stale weights) is off by far more.
         return 1e-3 if dtype == "fp32" else 0.1
 
 

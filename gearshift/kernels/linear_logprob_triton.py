@@ -30,7 +30,7 @@ from gearshift.kernels.states import empty_states
 from gearshift.kernels.triton_head import finite, head_logits, head_numbers, pointer, slope_of_cap
 from gearshift.kernels.triton_launch import TYPES, Form, Launch
 
-# Elements of fp32 logits held at once: 64 MiB, about what an H100's second-level cache holds.
+# Elements of fp32 logits held at once: 64 MiB, of the size of a large GPU's second-level cache. Not tuned yet.
 CHUNK_ELEMENTS = 16 << 20
 
 

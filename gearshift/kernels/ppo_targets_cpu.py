@@ -65,7 +65,7 @@ def _lengths(mask: Tensor) -> Tensor:
 
 
 class _Only:
-    """A tensor with 0 for what is masked, NaN and infinities too: by its bits, four times as fast as `where`."""
+    """A tensor with 0 for what is masked, NaN and infinities too: by its bits, which `where` takes longer for."""
 
     def __init__(self, mask: Tensor, dtype: torch.dtype):
         self._dtype = dtype
