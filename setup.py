@@ -1,5 +1,15 @@
-"""Everything about the package is in pyproject.toml; this file serves tools that still start from setup.py."""
+"""Builds the library of C kernels, where a compiler is at hand; all else about the package is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import Extension, setup
 
-setup()
+setup(
+    ext_modules=[
+        Extension(
+            "gearshift.kernels.native._library",  # no module of Python: loaded through ctypes
+            ["gearshift/kernels/native/ppo_targets.c"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            libraries=["m"],
+            optional=True,  # without a compiler the operations go through torch
+        )
+    ]
+)

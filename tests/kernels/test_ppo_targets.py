@@ -1,11 +1,12 @@
 """`ppo_targets` against a naive fp64 loop from the end of each sequence, at its edges, and over two processes.
 
-On both its paths.
+On all its paths: the compiled library's, torch's where none was built, and the GPU's.
 """
 
 from __future__ import annotations
 
 import importlib
+import shutil
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from gearshift.kernels import Targets, ppo_targets, ppo_targets_triton
+from gearshift.kernels import Targets, native, ppo_targets, ppo_targets_triton
 from gearshift.kernels.ppo_targets import plain
 from gearshift.kernels.ppo_targets_cpu import suffix_sums
 from gearshift.kernels.triton_launch import Launch
@@ -26,9 +27,14 @@ MODULE = importlib.import_module("gearshift.kernels.ppo_targets")
 B, L = 7, 37
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=("compiled", *PATHS))
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device, with the operation taking one of its paths."""
+    if request.param == "compiled":
+        assert native.library() is not None or shutil.which("cc") is None, "install again: the library was not built"
+        return "cpu"
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
     return take(request.param, MODULE, ppo_targets_triton.ppo_targets, monkeypatch)
 
 
@@ -83,6 +89,18 @@ def test_one_sequence_by_hand(on: str) -> None:
     # δ = (−1 + ½·3 − 1, 12 − 3); A = (−½ + ¼·9, 9)
     assert got.advantages.tolist() == [[1.75, 9.0, 0.0]]
     assert got.returns.tolist() == [[2.75, 12.0, 0.0]]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 20])
+def test_threads_change_no_bit(threads: int) -> None:
+    inputs, before = make(), torch.get_num_threads()
+    want = ppo_targets(**inputs, kl_coef=0.1)
+    torch.set_num_threads(threads)
+    try:
+        got = ppo_targets(**inputs, kl_coef=0.1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 8, 1025])

@@ -1,0 +1,49 @@
+"""The compiled library of the kernels for processors, called through ctypes.
+
+setup.py builds it where there is a C compiler. Where there was none, `library()` is None and the operations take their
+way through torch, which is slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+PARTS_A_THREAD = 4
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, if it was built."""
+    spec = importlib.machinery.PathFinder.find_spec("_library", __path__)
+    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+
+
+def over_rows(work: Callable[[int, int], T], rows: int) -> list[T]:
+    """`work(first, last)` on parts of the rows, by as many threads as torch has: ctypes lets go of Python's lock.
+
+    What it returned, in any order. The calling thread takes part after part and helpers take from the same heap: nobody
+    waits for a helper that the system starts late, such as behind OpenMP's threads, which spin for a while after work.
+    """
+    threads = min(rows, torch.get_num_threads())
+    parts = min(rows, PARTS_A_THREAD * threads) if threads > 1 else threads
+    heap = iter([(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)])
+
+    def drain() -> list[T]:
+        return [work(*span) for span in heap]
+
+    helpers = [_pool(threads - 1).submit(drain) for _ in range(threads - 1)]
+    found = drain()
+    return found + [one for helper in helpers if not helper.cancel() for one in helper.result()]
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, "gearshift-kernels")
