@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.errors import UserError
+from gearshift.kernels import Columns, decode_attention
 
 ATTENTION_NAME = "gearshift_rollout"
 
@@ -33,8 +34,7 @@ class KeyValueCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.capacity = 0
         self._prefill: Tensor | None = None  # rows being filled
-        self._positions = torch.empty(0, dtype=torch.int64)  # [n] position of each row's new token
-        self._width = 0
+        self._columns = Columns(torch.empty(0, dtype=torch.int64))  # where each row's new token goes
 
     def reset(self, rows: int, capacity: int) -> None:
         """Room for `rows` rows of `capacity` positions; keeps larger buffers."""
@@ -51,12 +51,7 @@ class KeyValueCache:
 
     def begin_decode(self, positions: Tensor) -> None:
         """positions [n]: where each of the first n rows gets its new token."""
-        self._prefill, self._positions = None, positions
-        self._width = int(positions.max()) + 1
-        columns = torch.arange(self._width, device=positions.device)
-        self._visible = (columns <= positions[:, None])[:, None, None]  # [n, 1, 1, C]
-        self._age = (positions[:, None] - columns)[:, None, None]
-        self._row_index = torch.arange(len(positions), device=positions.device)
+        self._prefill, self._columns = None, Columns(positions)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole rows onto others."""
@@ -77,17 +72,10 @@ class KeyValueCache:
             return scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
-        rows = len(self._positions)
-        keys[self._row_index, :, self._positions] = key[:, :, 0]
-        values[self._row_index, :, self._positions] = value[:, :, 0]
-        mask = self._visible if window is None else self._visible & (self._age < window)
-        # The query heads of one key/value head become query positions: no repeated keys.
-        heads, kv_heads = query.shape[1], key.shape[1]
-        grouped_query = query.reshape(rows, kv_heads, heads // kv_heads, -1)
-        out = scaled_dot_product_attention(
-            grouped_query, keys[:rows, :, : self._width], values[:rows, :, : self._width], attn_mask=mask, scale=scaling
+        out = decode_attention(
+            query[:, :, 0], key[:, :, 0], value[:, :, 0], keys, values, self._columns, scaling=scaling, window=window
         )
-        return out.reshape(rows, heads, 1, -1)
+        return out[:, :, None]
 
     def _buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._layers:

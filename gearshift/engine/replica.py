@@ -18,8 +18,9 @@ from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout
 from gearshift.engine.loading import build_on_meta
-from gearshift.engine.sampling import HeadShard, few_rows_linear
+from gearshift.engine.sampling import HeadShard
 from gearshift.errors import UserError
+from gearshift.kernels import few_rows_linear
 
 
 class Replica:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
+from gearshift.kernels import few_rows_linear
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,3 @@ def _inverse_cdf(weights: Tensor, masses: Tensor, rescale: Tensor, uniform: Tens
     within = ((threshold - before) / rescale).clamp(min=0.0).minimum(cumulative[:, -1] * (1 - 2.0**-23))
     local = torch.searchsorted(cumulative, within[:, None].nan_to_num(0.0), right=True)[:, 0]
     return owner, local.clamp(max=weights.shape[-1] - 1)
-
-
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`. On CPU with few rows `mm(W, x^T)` is 1.7 times as fast as `F.linear` (measured on 16 rows)."""
-    rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or not 1 < rows <= 64:
-        return torch.nn.functional.linear(x, weight, bias)
-    # Contiguous again, or attention and its products leave their fast paths.
-    y = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous()
-    if bias is not None:
-        y += bias
-    return y.view(*x.shape[:-1], -1)

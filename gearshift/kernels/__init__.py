@@ -4,6 +4,8 @@ One module per operation, with the operation's name. Imported eagerly: a lazy at
 module of the same name as soon as anything imported it.
 """
 
+from gearshift.kernels.decode_attention import Columns, decode_attention
+from gearshift.kernels.few_rows_linear import few_rows_linear
 from gearshift.kernels.linear_kl import LinearKL, linear_kl
 from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
 from gearshift.kernels.losses import Loss
@@ -12,10 +14,13 @@ from gearshift.kernels.ppo_targets import Targets, ppo_targets
 from gearshift.kernels.value_loss import value_loss
 
 __all__ = [
+    "Columns",
     "LinearKL",
     "LogProbs",
     "Loss",
     "Targets",
+    "decode_attention",
+    "few_rows_linear",
     "linear_kl",
     "linear_logprob",
     "policy_loss",

@@ -7,7 +7,7 @@ from torch import Tensor
 from gearshift.engine import World
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
-from gearshift.engine.sampling import HeadShard, few_rows_linear, logits_of, sample_tokens, uniforms
+from gearshift.engine.sampling import HeadShard, logits_of, sample_tokens, uniforms
 from tests.worker_group import WorkerGroup
 
 ALONE = TensorParallelGroup(World(0, 1, 0, 1, torch.device("cpu")), 1)
@@ -151,16 +151,6 @@ def test_bf16_heads_give_fp32_logits() -> None:
     assert logits.dtype == torch.float32
     own = hidden.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(logits.double(), own, atol=1e-4, rtol=0)
-
-
-def test_few_rows_linear_is_linear() -> None:
-    g = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(9, 5, generator=g), torch.randn(9, generator=g)
-    for shape in [(1, 5), (7, 5), (3, 4, 5), (65, 5)]:
-        x = torch.randn(shape, generator=g)
-        own = torch.nn.functional.linear(x, weight, bias)
-        torch.testing.assert_close(few_rows_linear(x, weight, bias), own)
-        torch.testing.assert_close(few_rows_linear(x, weight), own - bias)
 
 
 def split_samples(world: World, banned: list[int], temperature: float, end: float | None) -> tuple[Tensor, Tensor]:

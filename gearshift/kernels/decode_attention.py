@@ -1,0 +1,132 @@
+"""Attention of a step of decoding: one new position a row, its keys and values in a cache.
+
+Letters: n rows, h query heads, k key/value heads, D size of a query or key head, E of a value head, C capacity.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gearshift.kernels import native
+
+
+class Columns:
+    """Where each of n rows gets its newest entry: `positions [n]` int64. What all layers of a step ask of it is worked
+    out once."""
+
+    def __init__(self, positions: Tensor):
+        self.positions = positions
+        self._visible: dict[int | None, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """0, 1, ... n − 1."""
+        return torch.arange(len(self), device=self.positions.device)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Columns that any row has."""
+        return int(self.positions.max()) + 1
+
+    def visible(self, window: int | None) -> Tensor:
+        """`[n, 1, 1, width]` bool: up to a row's position and, with a window, no further back than window − 1."""
+        if window not in self._visible:
+            age = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
+            seen = age >= 0 if window is None else (age >= 0) & (age < window)
+            self._visible[window] = seen[:, None, None]
+        return self._visible[window]
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    columns: Columns,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Writes each row's new key and value into the cache, and attends to what the row has there. No gradients.
+
+    query `[n, h, D]`, key `[n, k, D]`, value `[n, k, E]`; the cache keys `[>= n, k, C, D]`, values `[>= n, k, C, E]`,
+    contiguous, of which the first n rows are written and read. A row sees what is up to its own position and, with a
+    `window`, no further back than window − 1. Scores are `scaling · q·k`, capped as `softcap · tanh(score / softcap)`;
+    sinks `[h]` are scores of a column without value (gpt-oss). -> `[n, h, E]`.
+    """
+    if _serves(query, keys, values):
+        return _through_library(query, key, value, keys, values, columns.positions, scaling, window, softcap, sinks)
+    n, width = len(columns), columns.width
+    keys[columns.rows, :, columns.positions], values[columns.rows, :, columns.positions] = key, value
+    return _attend(query, keys[:n, :, :width], values[:n, :, :width], columns.visible(window), scaling, softcap, sinks)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """visible `[n, 1, 1, C]` bool. The query heads of one key/value head become query positions: no repeated keys."""
+    rows, heads, size = query.shape
+    grouped = query.reshape(rows, keys.shape[1], -1, size)  # [n, k, h / k, D]
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scaling)
+        return out.reshape(rows, heads, -1)
+    scores = (grouped @ keys.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(keys.shape[1], -1, 1).expand(rows, -1, -1, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
+    return (weights @ values).reshape(rows, heads, -1)
+
+
+def _serves(*tensors: Tensor) -> bool:
+    return native.library() is not None and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "capacity", "key_size", "value_size", "window")),
+        ("scaling", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    ]
+
+
+def _through_library(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scaling: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rows, heads, size = query.shape
+    query, key, value, positions = (x.contiguous() for x in (query, key, value, positions))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    out = torch.empty(rows, heads, value.shape[2])
+    shape = _Shape(heads, keys.shape[1], keys.shape[2], size, value.shape[2], window or 0, scaling, softcap or 0.0)
+    pointers = [x.data_ptr() for x in (query, key, value, keys, values, positions)]
+    rest = (ctypes.byref(shape), *pointers, None if sinks is None else sinks.data_ptr(), out.data_ptr())
+    if any(native.over_rows(lambda first, last: _compiled()(first, last, *rest), rows)):
+        raise MemoryError(f"decode_attention: no memory for the scores of {keys.shape[2]} positions")
+    return out
+
+
+@functools.cache
+def _compiled() -> ctypes._NamedFuncPointer:
+    library = native.library()
+    assert library is not None
+    function = library.gearshift_decode_attention
+    function.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 9
+    return function

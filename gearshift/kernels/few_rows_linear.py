@@ -1,0 +1,61 @@
+"""A linear layer for the few rows of a step of decoding. Letters: n rows, I features in, O features out."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gearshift.kernels import native
+
+# More rows than this and a product that packs its operands is faster (measured with AVX-512, 192 to 512 features).
+FEW = 32
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` without gradients: x `[..., I]`, weight `[O, I]`, bias `[O]` or None -> `[..., O]`.
+
+    On processors with few rows W is read as it lies, and a row's result has the same bits whatever rows are beside it.
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < rows <= FEW or not _serves(weight, bias):
+        return linear(x, weight, bias)
+    out = torch.empty(*x.shape[:-1], weight.shape[0])
+    x = x.contiguous()
+    failed = _compiled()(
+        rows, weight.shape[1], weight.shape[0], x.data_ptr(), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {weight.shape[1]} features")
+    return out
+
+
+def _serves(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the compiled function may be used: one thread, wide registers, and what it expects to find in memory."""
+    return (
+        torch.get_num_threads() == 1
+        and has_wide_registers()
+        and weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+    )
+
+
+@functools.cache
+def has_wide_registers() -> bool:
+    """Whether the compiled function is there and this processor is one that it was made for."""
+    library = native.library()
+    return library is not None and bool(library.gearshift_has_wide_registers())
+
+
+@functools.cache
+def _compiled() -> ctypes._NamedFuncPointer:
+    library = native.library()
+    assert library is not None
+    function = library.gearshift_few_rows_linear
+    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4
+    return function

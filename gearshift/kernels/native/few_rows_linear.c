@@ -1,0 +1,95 @@
+/* y = x W^T + b for few rows of x, as in a step of decoding: W is read once, as it lies, and never packed.
+ *
+ * A vector holds one input feature of LANES rows. A tile of outputs keeps its sums in registers while the features go
+ * by: each sum adds its products in one fixed order, so a row's result has the same bits whatever rows stand beside it.
+ * Called through ctypes (gearshift/kernels/native/__init__.py).
+ */
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "native.h"
+
+#define LANES 16  /* rows of a vector */
+#define TILE 8    /* outputs of a tile: for two vectors of rows 16 sums, of the 32 registers that AVX-512 has */
+#define CHUNK 256 /* features summed at a time: sums of sums lose fewer digits than one long sum */
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
+
+/* [rows, features] -> [blocks][features] vectors, 0 where there is no row. */
+static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
+{
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            int64_t row = block * LANES + lane;
+            float *out = (float *)(columns + block * features) + lane;
+            for (int64_t k = 0; k < features; k++)
+                out[k * LANES] = row < rows ? x[row * features + k] : 0.0f;
+        }
+}
+
+/* Sums over all features, for `outputs` (at most TILE) and `blocks` (1 or 2) vectors of rows: known where inlined. */
+static inline __attribute__((always_inline)) void tile(
+    const float *weight, const float *bias, int outputs, int64_t features, const lanes *columns, int blocks, float *y,
+    int64_t stride, int64_t rows)
+{
+    lanes total[2][TILE] = {0};
+    for (int64_t begin = 0; begin < features; begin += CHUNK) {
+        int64_t end = begin + CHUNK < features ? begin + CHUNK : features;
+        lanes sums[2][TILE] = {0};
+        for (int64_t k = begin; k < end; k++)
+            for (int o = 0; o < outputs; o++)
+                for (int b = 0; b < blocks; b++)
+                    sums[b][o] += weight[o * features + k] * columns[b * features + k];
+        for (int b = 0; b < blocks; b++)
+            for (int o = 0; o < outputs; o++)
+                total[b][o] += sums[b][o];
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int o = 0; o < outputs; o++)
+            y[row * stride + o] = total[row / LANES][o][row % LANES] + (bias ? bias[o] : 0.0f);
+}
+
+/* All outputs of one or two vectors of rows. */
+static inline __attribute__((always_inline)) void outputs_of(
+    const float *weight, const float *bias, int64_t outputs, int64_t features, const lanes *columns, int blocks,
+    float *y, int64_t rows)
+{
+    int64_t whole = outputs - outputs % TILE;
+    for (int64_t o = 0; o < whole; o += TILE)
+        tile(weight + o * features, bias ? bias + o : NULL, TILE, features, columns, blocks, y + o, outputs, rows);
+    for (int64_t o = whole; o < outputs; o++)
+        tile(weight + o * features, bias ? bias + o : NULL, 1, features, columns, blocks, y + o, outputs, rows);
+}
+
+/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. 1: no memory. */
+EXPORT CLONES int gearshift_few_rows_linear(
+    int64_t rows, int64_t features, int64_t outputs, const float *x, const float *weight, const float *bias, float *y)
+{
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    lanes *columns = aligned_alloc(64, (size_t)(blocks * features) * sizeof(lanes));
+    if (columns == NULL)
+        return 1;
+    transpose(x, rows, features, columns);
+    for (int64_t block = 0; block < blocks; block += 2) {
+        const lanes *here = columns + block * features;
+        float *out = y + block * LANES * outputs;
+        int64_t left = rows - block * LANES;
+        if (left > LANES)
+            outputs_of(weight, bias, outputs, features, here, 2, out, left < 2 * LANES ? left : 2 * LANES);
+        else
+            outputs_of(weight, bias, outputs, features, here, 1, out, left);
+    }
+    free(columns);
+    return 0;
+}
+
+/* Whether `gearshift_few_rows_linear` has the registers that its tiles are made for. */
+EXPORT int gearshift_has_wide_registers(void)
+{
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
