@@ -4,4 +4,12 @@ python -m benchmarks.kernels                    all, each in a process of its ow
 python -m benchmarks.kernels.linear_logprob     one
 """
 
-OPERATIONS = ("linear_logprob", "linear_kl", "ppo_targets", "policy_loss", "value_loss")
+OPERATIONS = (
+    "linear_logprob",
+    "linear_kl",
+    "ppo_targets",
+    "policy_loss",
+    "value_loss",
+    "few_rows_linear",
+    "decode_attention",
+)

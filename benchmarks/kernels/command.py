@@ -10,6 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     batches = arguments.add_argument_group("ppo_targets, policy_loss, value_loss")
     batches.add_argument("--sequences", type=int, default=512)
     batches.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    steps = arguments.add_argument_group("few_rows_linear, decode_attention")
+    steps.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     return arguments
 
 
@@ -52,6 +56,17 @@ def parse(description: str, on_cpu: int = 20, on_gpu: int = 20) -> argparse.Name
     options.vocabularies = options.vocabularies or ([8192, 32768, 50257] if cpu else [32000, 128256, 151936])
     options.dtype = DTYPES[options.dtype or ("fp32" if cpu else "bf16")]
     return options
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As each of several ranks on one machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def circumstances(operation: str, device: torch.device, repeats: int) -> dict[str, Any]:

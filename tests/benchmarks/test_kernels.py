@@ -12,7 +12,7 @@ import pytest
 from benchmarks.kernels import OPERATIONS
 from benchmarks.kernels.measuring import Measured, Results
 
-SIZES = "--device cpu --tokens 8 --hidden 8 --vocabularies 24 --sequences 4 --lengths 12 --repeats 2"
+SIZES = "--device cpu --tokens 8 --hidden 8 --vocabularies 24 --sequences 4 --lengths 12 --rows 3 --repeats 2"
 PICTURED = "ppo_targets"  # one is enough: they take a second each
 
 
