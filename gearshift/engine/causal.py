@@ -7,10 +7,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from gearshift.engine.adapters import adapters_off
 from gearshift.engine.batches import Rollouts, join_responses
 from gearshift.engine.distributed import World
 from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
 from gearshift.engine.loading import load_module
+from gearshift.engine.settings import LoraSettings
 from gearshift.engine.zero import Training, ZeroModel
 
 
@@ -29,9 +31,13 @@ class CausalModel(ZeroModel):
         config: Any = None,
         seed: int = 0,
         deepspeed_extra: dict[str, Any] | None = None,
+        lora: LoraSettings | None = None,
         **more: Any,
     ) -> Self:
-        """From a causal-LM folder or hub name, or from nothing with `init` "config" and a `transformers` config."""
+        """From a causal-LM folder or hub name, or from nothing with `init` "config" and a `transformers` config.
+
+        With `lora` the model is frozen and adapters beside its Linear layers train.
+        """
         from transformers import AutoModelForCausalLM
 
         module = load_module(
@@ -43,6 +49,7 @@ class CausalModel(ZeroModel):
             head_check=lambda model: check_head(model, init),
             seed=seed,
             deepspeed_extra=deepspeed_extra,
+            lora=lora,
         )
         bind_logprob_head(module)
         return cls(
@@ -77,8 +84,17 @@ class CausalModel(ZeroModel):
         """Log-probs [B, L] fp32 of this rank's responses, without gradients. Collective."""
         return self.map(lambda micro: self.response_logprobs(micro, temperature)[0], rollouts)
 
+    def without_adapters(self) -> WithoutAdapters:
+        """The model that the adapters were added to: a reference that needs no second copy."""
+        return WithoutAdapters(self)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] -> last hidden states [B, S, H]."""
+        hidden: Tensor = self.engine(tokens, hidden_states=True)
+        return hidden
+
     def against(
-        self, reference: CausalModel, rollouts: Rollouts, temperature: float = 1.0
+        self, reference: CausalModel | WithoutAdapters, rollouts: Rollouts, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, the reference's log-probs, and the exact KL to it at each response token: [B, L] fp32 each.
 
@@ -92,7 +108,7 @@ class CausalModel(ZeroModel):
 
         def compare(micro: Rollouts) -> Tensor:
             tokens, targets, positions = _response_targets(micro)
-            hidden = reference.engine(tokens, hidden_states=True)
+            hidden = reference.hidden_states(tokens)
             with deepspeed.zero.GatheredParameters(list(head.parameters())):
                 held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
                 found = self.engine(tokens, targets=targets, temperature=temperature, reference=held_against)
@@ -100,6 +116,23 @@ class CausalModel(ZeroModel):
 
         logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
         return logprobs, ref_logprobs, kl
+
+
+class WithoutAdapters:
+    """A causal LM with its adapters off, for as long as each call takes; see `CausalModel.without_adapters`."""
+
+    def __init__(self, model: CausalModel):
+        self._model, self.module, self.config = model, model.module, model.config
+
+    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+        """As `CausalModel.logprobs`."""
+        with adapters_off(self.module):
+            return self._model.logprobs(rollouts, temperature)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """As `CausalModel.hidden_states`, without gradients."""
+        with adapters_off(self.module), torch.no_grad():
+            return self._model.hidden_states(tokens)
 
 
 def _response_targets(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:

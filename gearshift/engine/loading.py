@@ -17,8 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from gearshift.engine.adapters import add_adapters
 from gearshift.engine.distributed import World
 from gearshift.engine.folder import weight_files
+from gearshift.engine.settings import LoraSettings
 from gearshift.errors import SettingError, UserError, one_line
 
 # Parameters loaded between two times that freed memory goes back to the system: see `_return_freed_memory`.
@@ -166,7 +168,7 @@ def materialise(
                 if world.is_main:
                     head_check(model)
         size = sum(p.numel() * p.element_size() for p in own.values())
-        _partition(own, offload or {})
+        partition(own, offload or {})
         since_trim += size
         if since_trim >= TRIM_EVERY_BYTES:
             _return_freed_memory()
@@ -222,7 +224,7 @@ def _fill(
                 own[name].copy_(source.read(path))
 
 
-def _partition(own: dict[str, nn.Parameter], offload: dict[str, Any]) -> None:
+def partition(own: dict[str, nn.Parameter], offload: dict[str, Any]) -> None:
     """Rank 0's values to all ranks, and each parameter cut in equal contiguous shards. Collective."""
     import deepspeed
 
@@ -249,10 +251,12 @@ def load_module(
     head_check: Callable[[Any], None] | None = None,
     seed: int = 0,
     deepspeed_extra: dict[str, Any] | None = None,
+    lora: LoraSettings | None = None,
 ) -> Any:
     """A ZeRO-3-cut `transformers` module from a folder or hub name, or (with `init` "config") from nothing.
 
-    Collective. Dropout is off in every model; `module.dropout_rates` are the config's own, for saving.
+    Collective. Dropout is off in every model; `module.dropout_rates` are the config's own, for saving. With `lora`,
+    Linear layers get adapters.
     Raises UserError for missing, misshapen or unknown weights.
     """
     folder = None
@@ -277,6 +281,9 @@ def load_module(
         seed=seed,
         offload=offload,
     )
+    if lora is not None:
+        for factor in add_adapters(module, lora, seed):
+            partition({"weight": factor}, offload or {})
     return module
 
 

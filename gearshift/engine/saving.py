@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gearshift.engine.adapters import adapters_of, is_adapter, merged_whole, peft_config, plain_name
 from gearshift.engine.distributed import World
 
 MAX_FILE_BYTES = 2 << 30
@@ -53,13 +54,42 @@ def save_pretrained(
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, whole, on the host (tied ones under their first name). Collective."""
+    """Every parameter once, whole, on the host (tied ones under their first name), adapters merged. Collective."""
     import deepspeed
 
+    adapters = {f"{adapter.layer}.base_layer.weight": adapter for adapter in adapters_of(model)}
     for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
+        if name in adapters:
+            yield plain_name(name), merged_whole(adapters[name])
+            continue
         with deepspeed.zero.GatheredParameters([parameter]):
             tensor = parameter.detach().to("cpu", copy=True)
-        yield name, tensor
+        yield plain_name(name), tensor
+
+
+def save_adapters(model: Any, folder: Path, world: World, base: str) -> None:
+    """Write the adapters alone, as a folder that `peft` loads over `base`. Collective."""
+    import deepspeed
+    from peft import LoraConfig
+
+    tensors: dict[str, Tensor] = {}
+    for adapter in adapters_of(model):
+        with deepspeed.zero.GatheredParameters(list(adapter.factors)):
+            for name, factor in zip(("lora_A", "lora_B"), adapter.factors, strict=True):
+                tensors[f"base_model.model.{adapter.layer}.{name}.weight"] = factor.detach().to("cpu", copy=True)
+    if world.is_main:
+        aside = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = peft_config(LoraConfig, model.lora)
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(aside)
+        _replace(folder, aside)
+    if world.size > 1:
+        torch.distributed.barrier()
 
 
 def _config_to_save(model: Any) -> Any:

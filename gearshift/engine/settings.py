@@ -39,6 +39,17 @@ class OptimizerSettings(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Global gradient norm above which gradients are scaled; 0: off")
 
 
+class LoraSettings(Section):
+    """Adapters of low rank beside a frozen model (Hu et al. 2021, arXiv 2106.09685), by the peft library."""
+
+    rank: int = Field(16, ge=1, description="Rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="An adapter's product is multiplied by alpha / rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description='Layers with an adapter, by the last part of their name; "all-linear": every Linear but the head',
+    )
+
+
 class RolloutSettings(Section):
     """How the policy writes: tensor parallelism, sampling, and the bounds of the shift."""
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.adapters import is_adapter, merge_into, plain_name
 from gearshift.engine.distributed import World
 from gearshift.engine.reshard import Item, Piece, ReshardPlan
 
@@ -94,5 +95,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def zero_shards(module: Any) -> dict[str, Tensor]:
-    """Each parameter's own flat ZeRO-3 shard on this rank, after a step the authoritative copy (views, no copies)."""
-    return {name: parameter.ds_tensor for name, parameter in module.named_parameters()}
+    """Each parameter's own flat ZeRO-3 shard on this rank, after a step the authoritative copy (views, no copies but
+    where an adapter is merged). Collective for a model with adapters."""
+    shards = {plain_name(name): p.ds_tensor for name, p in module.named_parameters() if not is_adapter(name)}
+    return merge_into(shards, module, dist.get_rank())

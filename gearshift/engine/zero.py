@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.saving import save_pretrained
@@ -101,6 +102,8 @@ class ZeroModel:
         self.micro_batch_size = micro_batch_size
         self.steps = 0  # optimizer steps taken: the stamp of the weights
         module.requires_grad_(training is not None)
+        if training is not None and hasattr(module, "lora"):
+            train_adapters_only(module)
         trained = [p for p in module.parameters() if p.requires_grad]
         schedule = training.schedule if training else None
         self.engine = deepspeed.initialize(

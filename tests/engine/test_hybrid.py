@@ -43,7 +43,7 @@ def roll_train_roll(world: World, folder: str, tp_size: int) -> dict[str, Any]:
         before = [p.ds_tensor.clone() for p in policy.module.parameters()]
         with policy.rollout() as generator:
             rollouts = generator.generate(mine, sampling)
-            found["replica_same"].append(_replica_is_gathered(policy))
+            found["replica_same"].append(replica_is_gathered(policy))
         after = [p.ds_tensor for p in policy.module.parameters()]
         found["shards_same"].append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
         logprobs = policy.logprobs(rollouts)
@@ -54,7 +54,7 @@ def roll_train_roll(world: World, folder: str, tp_size: int) -> dict[str, Any]:
     return found
 
 
-def _replica_is_gathered(policy: HybridEngine) -> bool:
+def replica_is_gathered(policy: HybridEngine) -> bool:
     from gearshift.engine.saving import gathered_parameters
 
     replica = policy._replica
