@@ -62,6 +62,7 @@ def check(config: Config, ranks: int) -> None:
     else:
         assert isinstance(config, PretrainConfig | PpoConfig)
         _check_tokenizer_settings(config)
+        _check_lora(config)
         _check_trackers(config)
     _check_sources(config)
     check_models(config, ranks)
@@ -199,6 +200,17 @@ def _check_tokenizer_settings(config: PretrainConfig | PpoConfig) -> None:
         )
     if data.vocab_size is None:
         raise SettingError("data.vocab_size", "needed with data.tokenizer: train, in tokens, such as 8192")
+
+
+def _check_lora(config: PretrainConfig | PpoConfig) -> None:
+    if config.policy.lora is None:
+        return
+    if isinstance(config, RewardConfig):
+        raise SettingError("policy.lora", "is for sft and ppo; a reward model trains all of its weights")
+    if config.policy.init == "config":
+        raise SettingError("policy.lora", "adapters go beside trained weights, and policy.init: config has none")
+    if importlib.util.find_spec("peft") is None:
+        raise SettingError("policy.lora", 'this needs peft: pip install "gearshift[lora]"')
 
 
 def _check_trackers(config: PretrainConfig | PpoConfig) -> None:

@@ -24,6 +24,7 @@ from gearshift.rlhf.setup import (
     dtype_of,
     encoder_of,
     load_rows,
+    save_policy,
     schedule_of,
     text_blocks,
     tokenizer_of,
@@ -118,7 +119,7 @@ def _train(
 
     report.start([f"model        {model.parameters_total:,} parameters"], steps)
     fit(model, language_loss, batches, steps, report, validate, config.train.validate_every)
-    model.save_pretrained(f"{config.run.folder}/model", tokenizer)
+    save_policy(model, config.run.folder, config.policy, tokenizer)
 
 
 def _model(
@@ -133,6 +134,7 @@ def _model(
         config=new_model_config(config.policy.config or {}, tokenizer) if config.policy.init == "config" else None,
         seed=config.run.seed,
         deepspeed_extra=config.deepspeed,
+        lora=config.policy.lora,
     )
 
 

@@ -22,6 +22,7 @@ from gearshift.engine import (
     World,
     init_distributed,
 )
+from gearshift.engine.causal import WithoutAdapters
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
@@ -39,6 +40,7 @@ from gearshift.rlhf.setup import (
     encoder_of,
     load_rows,
     require_same_tokens,
+    save_policy,
     stop_tokens,
     text_blocks,
     tokenizer_of,
@@ -53,7 +55,7 @@ class Models:
 
     policy: HybridEngine
     critic: RewardModel
-    reference: CausalModel
+    reference: CausalModel | WithoutAdapters
     reward_model: RewardModel
 
 
@@ -304,17 +306,28 @@ def load_models(config: PpoConfig, world: World) -> Models:
         tp_size=config.rollout.tp_size,
         slots=config.rollout.slots,
         bucket_bytes=config.rollout.bucket_mb << 20,
+        lora=config.policy.lora,
         **common,
     )
     critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init
     critic_training = training_of(config.optimizer, schedule, config.critic.learning_rate)
-    reference_init = config.policy.init if config.reference.init == "policy" else config.reference.init
     return Models(
         policy,
         RewardModel.load(critic_init, world, training=critic_training, **common),
-        CausalModel.load(reference_init, world, **common),
+        _reference(config, world, policy, common),
         RewardModel.load(config.reward.init, world, **common),
     )
+
+
+def _reference(
+    config: PpoConfig, world: World, policy: CausalModel, common: dict[str, Any]
+) -> CausalModel | WithoutAdapters:
+    """The policy as it starts (with adapters: the policy with them off, no second copy), or a model of its own."""
+    if config.reference.init != "policy":
+        return CausalModel.load(config.reference.init, world, **common)
+    if config.policy.lora is not None:
+        return policy.without_adapters()
+    return CausalModel.load(config.policy.init, world, **common)
 
 
 def ppo(config: PpoConfig, report: Report) -> None:
@@ -330,5 +343,5 @@ def ppo(config: PpoConfig, report: Report) -> None:
         if number == iterations or (every and number % every == 0):
             before = run.validate()
         report.log(number, metrics | before)
-    run.policy.save_pretrained(f"{config.run.folder}/model", data.tokenizer)
+    save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
     run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from gearshift.engine.settings import DeepSpeedConfig, Dtype, OptimizerSettings, RolloutSettings, Section, Sources
+from gearshift.engine.settings import (
+    DeepSpeedConfig,
+    Dtype,
+    LoraSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    Section,
+    Sources,
+)
 from gearshift.rlhf.data.formats import Keys
 
 
@@ -39,6 +47,9 @@ class PolicySettings(Section):
     init: str = Field(description='Hugging Face folder or hub name to start from; "config": new weights')
     config: dict[str, Any] | None = Field(
         None, description="init: config only: model_type and the fields of its transformers config"
+    )
+    lora: LoraSettings | None = Field(
+        None, description="Train adapters alone; null: all weights. model/ gets them merged, adapter/ as they are"
     )
 
 

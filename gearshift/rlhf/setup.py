@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from gearshift.engine import Training, World
+from gearshift.engine import CausalModel, Training, World
 from gearshift.engine.loading import config_of
+from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings
 from gearshift.errors import SettingError, UserError
 from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
@@ -18,7 +19,7 @@ from gearshift.rlhf.data.tokenizers import load_tokenizer, load_vocabulary
 from gearshift.rlhf.data.vocabulary import has_tokenizer, rows_needed, too_small
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.schedules import constant, cosine
-from gearshift.rlhf.settings import DataSettings, RunSettings, TrainSettings
+from gearshift.rlhf.settings import DataSettings, PolicySettings, RunSettings, TrainSettings
 
 Row = TypeVar("Row")
 
@@ -40,6 +41,13 @@ def training_of(optimizer: OptimizerSettings, schedule: Callable[[int], float], 
         max_grad_norm=optimizer.max_grad_norm,
         schedule=schedule,
     )
+
+
+def save_policy(model: CausalModel, run_folder: str, policy: PolicySettings, tokenizer: Any) -> None:
+    """The run's `model/`, and with LoRA its `adapter/` beside it. Collective."""
+    model.save_pretrained(f"{run_folder}/model", tokenizer)
+    if policy.lora is not None:
+        save_adapters(model.module, Path(run_folder) / "adapter", model.world, policy.init)
 
 
 def schedule_of(train: TrainSettings, steps: int) -> Callable[[int], float]:

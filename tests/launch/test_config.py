@@ -127,6 +127,7 @@ WRONG = [
     ("data.vocab_size", 258, "data.vocab_size: only with data.tokenizer: train"),
     ("data.tokenizer", "train", "data.tokenizer: train is for gearshift pretrain"),
     ("data.tokenizer", "bare", "data.tokenizer: bare has no tokenizer (tokenizer.json)"),
+    ("policy.lora", {"rank": 0}, "policy.lora.rank: should be greater than or equal to 1, not 0"),
     ("policy.init", "nowhere", "policy.init: there is no model folder nowhere"),
     ("policy.init", "sft/model", "policy.init: there is no model folder sft/model"),
     ("policy.init", "finished", "policy.init: finished has no config.json: did you mean finished/model?"),
@@ -252,6 +253,8 @@ WRONG_ELSEWHERE = [
     ("sft", "data.validation", "text.txt", "data.validation: text.txt:1: no field 'prompt'"),
     ("reward", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'chosen'"),
     ("reward", "data.demonstrations", "pairs.jsonl", "data.demonstrations: pairs.jsonl:1: no field 'completion'"),
+    ("reward", "policy.lora", {}, "policy.lora: is for sft and ppo; a reward model trains all of its weights"),
+    ("pretrain", "policy.lora", {}, "policy.lora: adapters go beside trained weights, and policy.init: config has"),
     ("pretrain", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'text'"),
     ("pretrain", "data.tokenizer_text", "prompts.jsonl", "data.tokenizer_text: prompts.jsonl:1: no field 'text'"),
 ]

@@ -121,6 +121,22 @@ def test_two_iterations_end_to_end(two_ranks: WorkerGroup, values: dict[str, Any
     check_folder(values["policy"]["init"], tmp_path / "run/model")
 
 
+def test_adapters(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
+    """LoRA: the KL starts at 0 against the policy with its adapters off; model/ is merged, adapter/ beside it."""
+    values = changed(
+        values,
+        run={"folder": str(tmp_path / "run")},
+        policy={"lora": {"rank": 2}},
+        ppo={"kl": {"coef": 0.1, "estimator": "exact"}},
+    )
+    first, second = two_ranks.run(run_ppo, values, timeout=90)[0].metrics
+    assert abs(first["objective/kl"]) <= 1e-5
+    assert abs(second["objective/kl"]) > 1e-4
+    assert max(metrics["rollout/logprob_gap"] for metrics in (first, second)) <= 1e-5
+    check_folder(values["policy"]["init"], tmp_path / "run/model", frozen=("embed_tokens", "norm", "lm_head"))
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["r"] == 2
+
+
 def test_the_exact_estimator(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
     """The KL to the reference is 0 before the first update, and never negative: it is no estimate."""
     values = changed(values, run={"folder": str(tmp_path / "run")}, ptx={"coef": 0.0, "data": []})
@@ -151,8 +167,9 @@ def check_samples(rows: list[dict[str, Any]]) -> None:
     json.dumps(rows)
 
 
-def check_folder(before: str, after: Path) -> None:
-    """The run's model loads as it is, with its tokenizer, and is not the one that it started from."""
+def check_folder(before: str, after: Path, frozen: tuple[str, ...] = ()) -> None:
+    """The run's model loads as it is, with its tokenizer, and only what has a part of `frozen` in its name is as it
+    was."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     model, info = AutoModelForCausalLM.from_pretrained(after, output_loading_info=True)
@@ -160,7 +177,7 @@ def check_folder(before: str, after: Path) -> None:
     assert not info["unexpected_keys"]
     old = AutoModelForCausalLM.from_pretrained(before).state_dict()
     same = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, old[name])]
-    assert same == []
+    assert same == [name for name in old if any(part in name for part in frozen)]
     assert AutoTokenizer.from_pretrained(after).get_vocab() == AutoTokenizer.from_pretrained(before).get_vocab()
     AutoModelForSequenceClassification.from_pretrained(after.with_name("critic"))
 
