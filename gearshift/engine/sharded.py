@@ -1,0 +1,26 @@
+"""What ZeRO-3 keeps of a model's parameters on this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gearshift.engine.shift import Shards
+
+
+def held_names(module: Any) -> set[str]:
+    """Parameters that every rank keeps whole between steps: those within `stage3_param_persistence_threshold`."""
+    return {name for name, parameter in module.named_parameters() if parameter.ds_persist}
+
+
+def zero_shards(module: Any) -> Shards:
+    """The newest weights, not copied. After a step a shard is the authoritative copy, and the parameters that are kept
+    whole have been gathered anew. Collective where those are not there (before the first forward)."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    kept = {name: p for name, p in module.named_parameters() if p.ds_persist}
+    if any(p.ds_status != ZeroParamStatus.AVAILABLE for p in kept.values()):
+        next(iter(kept.values())).all_gather(list(kept.values()))
+    return Shards(
+        own={name: p.ds_tensor for name, p in module.named_parameters() if name not in kept},
+        whole={name: p.data.view(-1) for name, p in kept.items()},
+    )
