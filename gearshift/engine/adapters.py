@@ -9,7 +9,7 @@ Letters: r rank of an adapter, I features in, O features out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,34 +110,42 @@ def train_adapters_only(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_into(shards: dict[str, Tensor], module: nn.Module, rank: int) -> dict[str, Tensor]:
-    """ZeRO-3's flat shards (under plain names) with the adapters added: new tensors where there are any. Collective.
+def merged_weights(module: nn.Module, own: Mapping[str, Tensor], rank: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights that have an adapter, under plain names, with it added: flat, new tensors. Collective.
 
-    Each rank forms only the rows of B A that its shards hold, in fp32, and rounds the sum once.
+    Of a name in `own` (ZeRO-3's shards of this rank) only that shard: each rank forms only the rows of B A that lie in
+    it, in fp32, and rounds the sum once. Of all others, which ZeRO-3 keeps whole, the whole.
     """
     import deepspeed
 
-    merged = dict(shards)
     for adapter in adapters_of(module):
-        name, shard = f"{adapter.layer}.weight", shards[f"{adapter.layer}.weight"]
+        name, weight = f"{adapter.layer}.weight", adapter.module.get_base_layer().weight
         with deepspeed.zero.GatheredParameters(list(adapter.factors)):
-            a, b = adapter.factors
-            merged[name] = _merged(shard, a.to(shard.device), b.to(shard.device), adapter.scale, rank * shard.numel())
-    return merged
+            if name in own:
+                shard = own[name]
+                a, b = (factor.to(shard.device) for factor in adapter.factors)
+                yield name, _merged(shard, a, b, adapter.scale, rank * shard.numel())
+            else:
+                yield name, _merged_by_shards(adapter, weight.data)
 
 
 @torch.no_grad()
 def merged_whole(adapter: Adapter) -> Tensor:
-    """The merged weight `[O, I]` on the host, shard by shard: the bits that `merge_into` gives. Collective."""
+    """The merged weight `[O, I]` on the host. Collective."""
     import deepspeed
 
     weight = adapter.module.get_base_layer().weight
-    size, ranks = weight.ds_tensor.numel(), dist.get_world_size()
     with deepspeed.zero.GatheredParameters([weight, *adapter.factors]):
-        a, b = adapter.factors
-        flat = weight.flatten()
-        shards = [_merged(flat[r * size : (r + 1) * size], a, b, adapter.scale, r * size) for r in range(ranks)]
-        return torch.cat(shards).view(weight.shape).cpu()
+        return _merged_by_shards(adapter, weight).view(weight.shape).cpu()
+
+
+def _merged_by_shards(adapter: Adapter, weight: Tensor) -> Tensor:
+    """A whole weight merged, flat: cut as ZeRO-3 cuts it, since a product of other sizes could round otherwise."""
+    flat, (a, b) = weight.reshape(-1), adapter.factors
+    size = -(-len(flat) // dist.get_world_size())
+    return torch.cat(
+        [_merged(shard, a, b, adapter.scale, number * size) for number, shard in enumerate(flat.split(size))]
+    )
 
 
 def _merged(shard: Tensor, a: Tensor, b: Tensor, scale: float, low: int) -> Tensor:

@@ -5,64 +5,136 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from gearshift.engine.causal import CausalModel
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.generator import Generator
+from gearshift.engine.memory import Releasable
+from gearshift.engine.offload import OptimizerState
 from gearshift.engine.replica import Replica
 from gearshift.engine.reshard import ReshardPlan
-from gearshift.engine.shift import Shift, zero_shards
+from gearshift.engine.settings import check_shift
+from gearshift.engine.sharded import held_names, zero_shards
+from gearshift.engine.shift import Shift
 
 
 class HybridEngine(CausalModel):
     """A ZeRO-3 causal LM that can `rollout()`: shift into a tensor-parallel replica and generate with it.
 
     `tp_size`: ranks that hold one replica together; `slots`: rows decoded at once by such a group (None: all);
-    `bucket_bytes`: bound on what one exchange of the shift moves to a rank.
-    `shift_seconds` and `shift_bytes`: what the last shift took and what this rank received in it.
+    `bucket_bytes`: the most that a rank sends or receives in one exchange of the shift; `keep_weights`: the replica's
+    weights and the shift's buffers stay in memory between rollouts, at the same addresses; `offload_optimizer`: the
+    optimizer's state lies in host memory during rollouts.
+
+    Of the last rollout: `shift_seconds` (0 where the replica had the newest weights already), `allocation_seconds` for
+    the memory of weights that had not been kept, `offload_seconds` for the optimizer state's way to the host and back;
+    `shift_bytes` that this rank received, `shift_bytes_between_hosts` of them from other hosts.
     """
 
     def __init__(
-        self, *args: Any, tp_size: int = 1, slots: int | None = None, bucket_bytes: int = 64 << 20, **kwargs: Any
+        self,
+        *args: Any,
+        tp_size: int = 1,
+        slots: int | None = None,
+        bucket_bytes: int = 64 << 20,
+        keep_weights: bool = True,
+        offload_optimizer: bool = False,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.group = TensorParallelGroup(self.world, tp_size)
-        self.slots, self.bucket_bytes = slots, bucket_bytes
-        self.shift_seconds, self.shift_bytes = 0.0, 0
+        self.slots, self.bucket_bytes, self.keep_weights = slots, bucket_bytes, keep_weights
+        self.shift_seconds = self.allocation_seconds = self.offload_seconds = 0.0
+        self.shift_bytes = self.shift_bytes_between_hosts = 0
+        aside = offload_optimizer and self.training is not None
+        self._optimizer_state = OptimizerState(self.engine.optimizer, self.world.device) if aside else None
         self._replica: Replica | None = None
         self._shift: Shift | None = None
+        self._memory: Releasable | None = None
+
+    @classmethod
+    def load(
+        cls, *args: Any, deepspeed_extra: dict[str, Any] | None = None, offload_optimizer: bool = False, **kwargs: Any
+    ) -> Self:
+        """See `CausalModel.load`. Raises SettingError for ways of sharding that the shift does not know."""
+        check_shift(deepspeed_extra or {}, offload_optimizer)
+        return super().load(*args, deepspeed_extra=deepspeed_extra, offload_optimizer=offload_optimizer, **kwargs)
 
     @contextmanager
     def rollout(self) -> Iterator[Generator]:
         """Shift the current weights into the rollout gear; the ZeRO-3 shards are only read. Collective."""
-        replica = self._shifted()
-        generator = Generator(replica, self.world, self.slots, self.steps)
-        try:
-            yield generator
-        finally:
-            generator.close()
-            replica.cache.free()
+        with self._optimizer_aside(), self._newest_weights() as replica:
+            generator = Generator(replica, self.world, self.slots, self.steps)
+            try:
+                yield generator
+            finally:
+                generator.close()
+                replica.cache.free()
 
-    def _shifted(self) -> Replica:
+    @contextmanager
+    def _optimizer_aside(self) -> Iterator[None]:
+        self.offload_seconds = 0.0
+        if self._optimizer_state is None:
+            yield
+            return
+        start = self._now()
+        self._optimizer_state.leave()
+        self.offload_seconds = self._now() - start
+        try:
+            yield
+        finally:
+            start = self._now()
+            self._optimizer_state.come_back()
+            self.offload_seconds += self._now() - start
+
+    @contextmanager
+    def _newest_weights(self) -> Iterator[Replica]:
         """The replica with the weights of the newest optimizer step; moves nothing when it has them already."""
-        if self._replica is None or self._shift is None:
+        replica, shift, memory = self._gear()
+        try:
+            self._bring(replica, shift, memory)
+            yield replica
+        finally:
+            if not self.keep_weights:
+                replica.stamp = -1
+                memory.release()
+                shift.buffers.release()
+
+    def _bring(self, replica: Replica, shift: Shift, memory: Releasable) -> None:
+        self.shift_seconds = self.allocation_seconds = 0.0
+        self.shift_bytes = self.shift_bytes_between_hosts = 0
+        if replica.stamp == self.steps:
+            return
+        start = self._now()
+        memory.restore()
+        shift.buffers.restore()
+        allocated = self._now()
+        replica.stamp = -1  # what a shift that fails leaves behind is of no step
+        moved = shift.run(zero_shards(self.module))
+        self.allocation_seconds, self.shift_seconds = allocated - start, self._now() - allocated
+        self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
+        replica.stamp = self.steps
+
+    def _gear(self) -> tuple[Replica, Shift, Releasable]:
+        """What the first rollout builds, and all others use."""
+        if self._replica is None or self._shift is None or self._memory is None:
             self._replica = Replica(self.config, self.group, self.dtype, self.world.device)
             plan = ReshardPlan.build(
                 self._replica.shapes,
                 self._replica.layout.splits,
                 self.group.placement,
-                self.bucket_bytes // torch.finfo(self.dtype).bits * 8,
+                max(1, self.bucket_bytes // self.dtype.itemsize),
+                held_names(self.module),
             )
-            self._shift = Shift(plan, self.world)
-        self.shift_seconds, self.shift_bytes = 0.0, 0
-        if self._replica.stamp != self.steps:
-            start = time.perf_counter()
-            self.shift_bytes = self._shift.run(zero_shards(self.module), self._replica.slices)
-            if self.world.device.type != "cpu":
-                torch.accelerator.synchronize()
-            self.shift_seconds = time.perf_counter() - start
-            self._replica.stamp = self.steps
-        return self._replica
+            self._shift = Shift(plan, self.world, self._replica.slices)
+            self._memory = Releasable(self._replica.slices.values())
+        return self._replica, self._shift, self._memory
+
+    def _now(self) -> float:
+        """Seconds, all that was launched on the device done."""
+        if self.world.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from gearshift.errors import SettingError
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -59,7 +62,15 @@ class RolloutSettings(Section):
     slots: int | None = Field(
         None, ge=1, description="Rows decoded at once per tensor-parallel group; null: all rows that it is given"
     )
-    bucket_mb: int = Field(64, ge=1, description="Most that one exchange of the shift moves per rank, MiB")
+    bucket_mb: int = Field(
+        64, ge=1, description="Most that a rank sends or receives in one exchange of the shift, MiB; four such buffers"
+    )
+    keep_weights: bool = Field(
+        True, description="Rollout weights stay in memory between rollouts; false: freed, and allocated anew each time"
+    )
+    offload_optimizer: bool = Field(
+        False, description="Optimizer state (fp32 weights, moments) moves to host memory for the time of a rollout"
+    )
     logprob_gap_limit: float | None = Field(
         None,
         gt=0,
@@ -102,6 +113,36 @@ def _refuse_owned_keys(config: dict[str, Any]) -> dict[str, Any]:
         if inner is not None:
             raise PydanticCustomError("owned", "{text}", {"field": key, "text": f"this key is Gearshift's: {instead}"})
     return config
+
+
+# zero_optimization keys with which shards are not what the plan of a shift takes them to be: why, from which value on.
+UNSHIFTABLE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "zero_hpz_partition_size": ("weights in a second partition (hpZ) are not supported", lambda size: size > 1),
+    "mics_shard_size": ("weights cut over some of the ranks only (MiCS) are not supported", lambda size: size > 0),
+    "zero_quantized_weights": ("training would see rounded weights, and rollouts the exact ones", bool),
+    "zero_quantized_nontrainable_weights": ("frozen weights in fewer bits are not supported", bool),
+    "offload_param": (
+        "weights on NVMe are not supported: use device: cpu",
+        lambda section: section.get("device") == "nvme",
+    ),
+}
+
+
+def check_shift(deepspeed: dict[str, Any], offload_optimizer: bool) -> None:
+    """Raises SettingError for a `deepspeed:` section with which rollouts would not work.
+
+    `offload_optimizer`: that of the rollout section.
+    """
+    zero = deepspeed.get("zero_optimization") or {}
+    for key, (problem, refused) in UNSHIFTABLE.items():
+        if zero.get(key) and refused(zero[key]):
+            raise SettingError(f"deepspeed.zero_optimization.{key}", f"in rollouts {problem}; leave it out")
+    if offload_optimizer and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise SettingError(
+            "rollout.offload_optimizer",
+            "deepspeed.zero_optimization.offload_optimizer keeps the optimizer's state on the host at all times: "
+            "leave out one of the two",
+        )
 
 
 # Merged verbatim into DeepSpeed's own config.

@@ -2,100 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gearshift.engine.adapters import is_adapter, merge_into, plain_name
 from gearshift.engine.distributed import World
-from gearshift.engine.reshard import Item, Piece, ReshardPlan
+from gearshift.engine.memory import Releasable
+from gearshift.engine.moves import Exchange, Move, exchanges, held_moves
+from gearshift.engine.reshard import ReshardPlan
+
+Copies = list[tuple[Move, Tensor]]  # what to read, and the view to write it into
 
 
 @dataclass(frozen=True)
-class _Move:
-    """A piece of a named parameter, offsets within this rank's shard (or slice)."""
+class Shards:
+    """What a rank has of the newest weights, by name, flat and not copied: its shards, and parameters that are there
+    whole."""
 
-    name: str
-    piece: Piece
-    shard_start: int
-
-    def source(self, shards: dict[str, Tensor]) -> Tensor:
-        """A strided view [count, length] of the sender's shard."""
-        p = self.piece
-        flat = shards[self.name]
-        offset = flat.storage_offset() + p.source - self.shard_start
-        return flat.as_strided((p.count, p.length), (p.source_stride, 1), offset)
-
-    def bytes(self, slices: dict[str, Tensor]) -> int:
-        return self.piece.elements * slices[self.name].element_size()
-
-    def dest(self, slices: dict[str, Tensor]) -> Tensor:
-        p = self.piece
-        dense = slices[self.name]
-        return dense.as_strided((p.count, p.length), (p.dest_stride, 1), dense.storage_offset() + p.dest)
+    own: Mapping[str, Tensor]
+    whole: Mapping[str, Tensor]
 
 
 class Shift:
-    """Runs a `ReshardPlan` on this rank: `shards` (flat, read) into `slices` (dense, written).
+    """Runs a `ReshardPlan` on this rank: shards (read) into `slices` (dense, written, all of one dtype).
 
-    The moves are listed once, since shapes do not change; each run packs, exchanges and unpacks.
+    A bucket is packed into a send buffer, exchanged, and unpacked from a receive buffer; the next one is packed while
+    one is on the wire: on a GPU NCCL's stream, on a CPU a thread of gloo, with which packing overlaps where a core is
+    free. `buffers`, two of each, hold `plan.peak(rank)` elements and are used again by every run. Views of what stays
+    in its place are made once; not of the shards, which DeepSpeed may put elsewhere and a view would keep alive.
     """
 
-    def __init__(self, plan: ReshardPlan, world: World):
-        self.plan, self.world = plan, world
-        rank, ranks = world.rank, range(plan.placement.ranks)
-        self._local = [self._moves(bucket, rank, rank) for bucket in plan.buckets]
-        self._send = [[self._moves(b, rank, other) if other != rank else [] for other in ranks] for b in plan.buckets]
-        self._receive = [
-            [self._moves(b, other, rank) if other != rank else [] for other in ranks] for b in plan.buckets
+    def __init__(self, plan: ReshardPlan, world: World, slices: Mapping[str, Tensor]):
+        self.plan = plan
+        dtype = next(iter(slices.values())).dtype
+        lengths = int(plan.largest_sent[world.rank]), int(plan.largest_received[world.rank])
+        out, into = ([torch.empty(n, dtype=dtype, device=world.device) for _ in range(plan.buffers)] for n in lengths)
+        self.buffers = Releasable([*out, *into])
+        parts = exchanges(plan, world.rank)
+        self._held = _into(slices, held_moves(plan, world.rank))
+        self._local = [_into(slices, part.local) for part in parts]
+        self._buckets = [
+            _Bucket(part, outgoing, incoming, slices)
+            for part, outgoing, incoming in zip(parts, cycle(out), cycle(into), strict=False)
         ]
-
-    def _moves(self, bucket: tuple[Item, ...], sender: int, receiver: int) -> list[_Move]:
-        return [
-            _Move(item.name, piece, self.plan.shard(item.name, sender)[0])
-            for item in bucket
-            for piece in self.plan.pieces(item, sender, receiver)
-        ]
+        self._elsewhere = [plan.placement.host(r) != plan.placement.host(world.rank) for r in range(world.size)]
 
     @torch.no_grad()
-    def run(self, shards: dict[str, Tensor], slices: dict[str, Tensor]) -> int:
-        """Collective over the world. Returns the bytes that this rank received."""
-        received = 0
-        for local, send, receive in zip(self._local, self._send, self._receive, strict=True):
-            for move in local:
-                move.dest(slices).copy_(move.source(shards))
-            if self.world.size > 1:
-                received += self._exchange(shards, slices, send, receive)
-        return received
-
-    def _exchange(
-        self, shards: dict[str, Tensor], slices: dict[str, Tensor], send: list[list[_Move]], receive: list[list[_Move]]
-    ) -> int:
-        """One bucket over the wire, as bytes: gloo knows fewer types than torch, parameters may differ in theirs."""
-        outgoing = [_bytes(move.source(shards).to(self.world.device)) for moves in send for move in moves]
-        packed = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8, device=self.world.device)
-        sent = [sum(m.bytes(slices) for m in moves) for moves in send]
-        got = [sum(m.bytes(slices) for m in moves) for moves in receive]
-        arrived = torch.empty(sum(got), dtype=torch.uint8, device=self.world.device)
-        dist.all_to_all_single(arrived, packed, got, sent)
-        offset = 0
-        for move in (m for moves in receive for m in moves):
-            dest, size = move.dest(slices), move.bytes(slices)
-            # A copy of its own: a view as a wider type needs an aligned start.
-            dest.copy_(arrived[offset : offset + size].clone().view(dest.dtype).view(dest.shape))
-            offset += size
-        return arrived.numel()
+    def run(self, shards: Shards) -> Moved:
+        """Collective over the world."""
+        self.buffers.restore()
+        _copy(shards.whole, self._held)
+        for bucket in self._buckets[:1]:
+            bucket.send(shards.own)
+        for number, local in enumerate(self._local):
+            for bucket in self._buckets[number + 1 : number + 2]:
+                bucket.send(shards.own)
+            _copy(shards.own, local)
+            for bucket in self._buckets[number : number + 1]:
+                bucket.receive()
+        received = [(n, rank) for bucket in self._buckets for rank, n in enumerate(bucket.received)]
+        return Moved(sum(n for n, _ in received), sum(n for n, rank in received if self._elsewhere[rank]))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that came to this rank over the wire in a shift, in all and from other hosts."""
+
+    received: int
+    between_hosts: int
 
 
-def zero_shards(module: Any) -> dict[str, Tensor]:
-    """Each parameter's own flat ZeRO-3 shard on this rank, after a step the authoritative copy (views, no copies but
-    where an adapter is merged). Collective for a model with adapters."""
-    shards = {plain_name(name): p.ds_tensor for name, p in module.named_parameters() if not is_adapter(name)}
-    return merge_into(shards, module, dist.get_rank())
+class _Bucket:
+    """One exchange: the views that it copies into and out of its buffers.
+
+    Travels as bytes: gloo knows fewer types than torch. `received` [N]: bytes from each rank.
+    """
+
+    def __init__(self, part: Exchange, outgoing: Tensor, incoming: Tensor, slices: Mapping[str, Tensor]):
+        size = outgoing.element_size()
+        self._send = [(move, move.write(outgoing)) for move in part.send]
+        self._receive = [(move.read(incoming), move.write(slices[move.name])) for move in part.receive]
+        self.sent, self.received = [n * size for n in part.sent], [n * size for n in part.received]
+        self._outgoing = outgoing.view(torch.uint8)[: sum(self.sent)]
+        self._incoming = incoming.view(torch.uint8)[: sum(self.received)]
+        self._work: Any = None
+
+    def send(self, shards: Mapping[str, Tensor]) -> None:
+        _copy(shards, self._send)
+        self._work = dist.all_to_all_single(self._incoming, self._outgoing, self.received, self.sent, async_op=True)
+
+    def receive(self) -> None:
+        self._work.wait()
+        self._work = None
+        for source, dest in self._receive:
+            dest.copy_(source)
+
+
+def _into(slices: Mapping[str, Tensor], moves: list[Move]) -> Copies:
+    return [(move, move.write(slices[move.name])) for move in moves]
+
+
+def _copy(flat: Mapping[str, Tensor], copies: Copies) -> None:
+    for move, dest in copies:
+        dest.copy_(move.read(flat[move.name]))

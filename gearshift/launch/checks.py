@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from gearshift.engine.settings import check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
@@ -50,11 +51,8 @@ def check(config: Config, ranks: int) -> None:
         _check_ppo_batches(config, ranks)
         _check_adaptive_kl(config)
         _check_ptx(config)
-    if isinstance(config, PpoConfig | CompareConfig) and ranks % config.rollout.tp_size:
-        fitting = numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
-        raise SettingError(
-            "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
-        )
+    if isinstance(config, PpoConfig | CompareConfig):
+        _check_rollout(config, ranks)
     check_run_folder(config)
     if isinstance(config, CompareConfig):
         _check_unread(config)
@@ -147,6 +145,15 @@ def _check_checker(name: str | None) -> None:
         raise SettingError(
             "compare.true_score", f"{name} cannot be found: write module:function, the module on PYTHONPATH"
         )
+
+
+def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:
+    if ranks % config.rollout.tp_size:
+        fitting = numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
+        raise SettingError(
+            "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
+        )
+    check_shift(config.deepspeed, config.rollout.offload_optimizer)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def _answer(
         tp_size=config.rollout.tp_size,
         slots=config.rollout.slots,
         bucket_bytes=config.rollout.bucket_mb << 20,
+        keep_weights=config.rollout.keep_weights,
         deepspeed_extra=config.deepspeed,
     )
     sampling = Sampling(

@@ -162,14 +162,22 @@ class Ppo:
                 )
 
     def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
-        """Seconds per phase; the shift is told apart from the generation that it precedes."""
-        shift = self.policy.shift_seconds
-        seconds = phases.seconds | {"generation": phases.seconds["generation"] - shift, "shift": shift}
+        """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
+        free memory between rollouts (weights not kept, optimizer state moved to the host and back)."""
+        policy = self.policy
+        gears = {
+            "shift": policy.shift_seconds,
+            "allocation": policy.allocation_seconds,
+            "offload": policy.offload_seconds,
+        }
+        generation = phases.seconds["generation"] - sum(gears.values())
+        seconds = phases.seconds | gears | {"generation": generation}
         total = phases.total()
         tokens = int(episodes.lengths.sum() + episodes.mask.sum())
         return {f"timing/{name}": value for name, value in seconds.items()} | {
             "timing/step": total,
-            "rollout/shift_bytes": float(self.policy.shift_bytes),
+            "shift/bytes_inside_host": float(policy.shift_bytes - policy.shift_bytes_between_hosts),
+            "shift/bytes_between_hosts": float(policy.shift_bytes_between_hosts),
             "throughput/tokens_per_second": tokens / total,
             "throughput/tokens_per_second_per_rank": tokens / total / self.world.size,
         }
@@ -307,6 +315,8 @@ def load_models(config: PpoConfig, world: World) -> Models:
         slots=config.rollout.slots,
         bucket_bytes=config.rollout.bucket_mb << 20,
         lora=config.policy.lora,
+        keep_weights=config.rollout.keep_weights,
+        offload_optimizer=config.rollout.offload_optimizer,
         **common,
     )
     critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init

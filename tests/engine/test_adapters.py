@@ -29,7 +29,9 @@ def _policy(world: World, folder: str, tp_size: int, **more: Any) -> HybridEngin
 
 def roll_and_train(world: World, folder: str, tp_size: int, out: str, dtype: torch.dtype) -> dict[str, Any]:
     """Two steps, with a rollout before, between and after; then all that is to be held against each other."""
-    policy = _policy(world, folder, tp_size, dtype=dtype)
+    # Kept whole by every rank, as DeepSpeed does with parameters this small, or cut: rollouts take two ways.
+    kept = {"zero_optimization": {"stage3_param_persistence_threshold": 10**5 if tp_size == 1 else 0}}
+    policy = _policy(world, folder, tp_size, dtype=dtype, deepspeed_extra=kept)
     mine = some_prompts(6).select(world.share(6))
     base = {n: p.ds_tensor.clone() for n, p in policy.module.named_parameters() if not is_adapter(n)}
     found: dict[str, Any] = {"gaps": [], "replica_same": []}

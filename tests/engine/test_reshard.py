@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gearshift.engine.layout import Split
 from gearshift.engine.placement import Placement
-from gearshift.engine.reshard import Piece, ReshardPlan
+from gearshift.engine.reshard import Item, Piece, ReshardPlan
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -100,8 +100,8 @@ def test_every_rank_gets_exactly_its_slices(case: tuple[ReshardPlan, int]) -> No
                     assert len(pieces) <= 3
                     for piece in pieces:
                         move(piece, shards[sender], plan.shard(item.name, sender)[0], flat[item.name])
-                    arriving += sum(piece.elements for piece in pieces)
-            assert arriving <= bucket_elements
+                    arriving += sum(piece.elements for piece in pieces) if sender != receiver else 0
+            assert arriving <= max(bucket_elements, plan.placement.ranks)
         for name, got in slices.items():
             assert torch.equal(got, wanted_slice(plan, name, receiver)), name
 
@@ -133,12 +133,27 @@ def test_a_rank_receives_only_what_it_lacks(case: tuple[ReshardPlan, int]) -> No
 
 @settings(max_examples=100, deadline=None)
 @given(plans())
-def test_buckets_cover_every_element_once_in_order(case: tuple[ReshardPlan, int]) -> None:
+def test_buckets_cover_every_shard_once_in_order_and_hold_to_their_size(case: tuple[ReshardPlan, int]) -> None:
     plan, bucket_elements = case
     items = [item for bucket in plan.buckets for item in bucket]
-    expected = [(name, i) for name, shape in plan.shapes.items() for i in range(math.prod(shape))]
+    expected = [(n, i) for n, s in plan.shapes.items() for i in range(math.ceil(math.prod(s) / plan.placement.ranks))]
     assert [(item.name, i) for item in items for i in range(item.low, item.high)] == expected
-    assert all(0 < sum(i.high - i.low for i in bucket) <= bucket_elements for bucket in plan.buckets)
+    for bucket in plan.buckets:
+        sent, received = exchanged(plan, bucket)
+        assert max(sent + received) <= max(bucket_elements, plan.placement.ranks)
+
+
+def exchanged(plan: ReshardPlan, bucket: tuple[Item, ...]) -> tuple[list[int], list[int]]:
+    """Elements that each rank sends to and receives from others, by counting pieces."""
+    ranks = range(plan.placement.ranks)
+    moved = {
+        (sender, receiver): sum(p.elements for item in bucket for p in plan.pieces(item, sender, receiver))
+        for sender in ranks for receiver in ranks if sender != receiver
+    }  # fmt: skip
+    return (
+        [sum(n for (sender, _), n in moved.items() if sender == rank) for rank in ranks],
+        [sum(n for (_, receiver), n in moved.items() if receiver == rank) for rank in ranks],
+    )
 
 
 def test_bytes_of_a_layer_are_the_formula() -> None:

@@ -1,0 +1,36 @@
+"""Memory that is given back for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Releasable:
+    """Tensors whose memory can be given back and taken again, while they and all views of them stay what they are.
+
+    What they held is lost. Nothing may read them between `release` and `restore`.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
+
+    @property
+    def bytes(self) -> int:
+        """What they take when they are there."""
+        return sum(size for _, size in self._storages)
+
+    def release(self) -> None:
+        for storage, _ in self._storages:
+            storage.resize_(0)
+
+    def restore(self) -> bool:
+        """Whether there was anything to take; what was taken is filled with 0."""
+        gone = [(storage, size) for storage, size in self._storages if storage.nbytes() != size]
+        for storage, size in gone:
+            storage.resize_(size)
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+        return bool(gone)

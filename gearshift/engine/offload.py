@@ -1,0 +1,70 @@
+"""Optimizer state that steps aside to the host while the policy writes.
+
+DeepSpeed's own `offload_states(include=[optim_states, hp_params])` does this for its FusedAdam alone; Gearshift's
+optimizers are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OptimizerState:
+    """The fp32 master weights and the moments of a DeepSpeed ZeRO-3 optimizer on this rank.
+
+    Host memory for them is taken once, page-locked where there is a GPU, and kept. (On a CPU nothing is gained: one
+    copy in the same memory takes the place of another.)
+    """
+
+    def __init__(self, optimizer: Any, device: torch.device):
+        self._optimizer, self._device = optimizer, device
+        self._hosts: dict[int, Tensor] = {}
+        self._aside: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """They lie in host memory within this context, and on the device after it, whatever happened in it."""
+        self.leave()
+        try:
+            yield
+        finally:
+            self.come_back()
+
+    def leave(self) -> None:
+        pairs = [(tensor, self._host(tensor)) for tensor in self._tensors()]
+        for tensor, host in pairs:
+            host.copy_(tensor.data, non_blocking=True)
+        self._synchronize()  # the host's copies are whole before the device's are gone
+        for tensor, host in pairs:
+            tensor.data = host
+        self._hosts = {id(tensor): host for tensor, host in pairs}
+        self._aside = pairs
+
+    def come_back(self) -> None:
+        for tensor, host in self._aside:
+            tensor.data = host.to(self._device, non_blocking=True)
+        self._synchronize()
+        self._aside = []
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the optimizer alone reads: not masters that are the very shards, as DeepSpeed may have them."""
+        shards = {t.untyped_storage().data_ptr() for group in self._optimizer.fp16_partitioned_groups for t in group}
+        state = [t for values in self._optimizer.optimizer.state.values() for t in values.values()]
+        found = [*self._optimizer.fp32_partitioned_groups_flat, *(t for t in state if torch.is_tensor(t))]
+        here = (t for t in found if t.device.type == self._device.type and t.numel() > 1)  # a step's number may stay
+        return [t for t in here if t.untyped_storage().data_ptr() not in shards]
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        known = self._hosts.get(id(tensor))
+        if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            return known
+        return torch.empty_like(tensor.data, device="cpu", pin_memory=self._device.type != "cpu")
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()

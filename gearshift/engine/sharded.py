@@ -1,0 +1,37 @@
+"""What ZeRO-3 keeps of a model's parameters on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from gearshift.engine.adapters import is_adapter, merged_weights, plain_name
+from gearshift.engine.shift import Shards
+
+
+def held_names(module: Any) -> set[str]:
+    """Parameters that every rank keeps whole between steps: those within `stage3_param_persistence_threshold`."""
+    return {name for name, parameter in _plain_parameters(module) if parameter.ds_persist}
+
+
+def zero_shards(module: Any) -> Shards:
+    """The newest weights, adapters merged, else not copied. After a step a shard is the authoritative copy, and the
+    parameters that are kept whole have been gathered anew. Collective for a model with adapters, and where what is kept
+    whole is not there (before the first forward)."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    kept = {name: p for name, p in _plain_parameters(module) if p.ds_persist}
+    if any(p.ds_status != ZeroParamStatus.AVAILABLE for p in kept.values()):
+        next(iter(kept.values())).all_gather(list(kept.values()))
+    own = {name: p.ds_tensor for name, p in _plain_parameters(module) if name not in kept}
+    whole = {name: p.data.view(-1) for name, p in kept.items()}
+    for name, merged in merged_weights(module, own, dist.get_rank()):
+        (own if name in own else whole)[name] = merged
+    return Shards(own, whole)
+
+
+def _plain_parameters(module: Any) -> Iterator[tuple[str, Any]]:
+    """The model's own, under the names that they have without adapters."""
+    return ((plain_name(name), p) for name, p in module.named_parameters() if not is_adapter(name))
