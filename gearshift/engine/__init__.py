@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gearshift.engine.hybrid import HybridEngine
     from gearshift.engine.reward_model import RewardModel
     from gearshift.engine.sampling import Sampling
+    from gearshift.engine.stopping import StopStrings
     from gearshift.engine.zero import Training
 
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "init_distributed": "distributed",
     "HybridEngine": "hybrid",
     "Sampling": "sampling",
+    "StopStrings": "stopping",
     "CausalModel": "causal",
     "RewardModel": "reward_model",
     "Training": "zero",
@@ -39,6 +41,7 @@ __all__ = [
     "Rollouts",
     "Rows",
     "Sampling",
+    "StopStrings",
     "TokenBatch",
     "Training",
     "World",

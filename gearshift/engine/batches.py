@@ -72,7 +72,8 @@ class Rollouts(Prompts):
     """The prompts' fields and what was sampled after them.
 
     `responses [B, L]` int64; `logprobs [B, L]` fp32, of the whole softmax(z / temperature);
-    `mask [B, L]` bool, True on response tokens, EOS included; `finished [B]` bool, whether EOS was reached.
+    `mask [B, L]` bool, True on response tokens, EOS included; `finished [B]` bool, whether EOS or a stop string was
+    reached.
     """
 
     responses: Tensor
@@ -120,3 +121,12 @@ def join_responses(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     steps = torch.arange(rollouts.responses.shape[1], device=device)
     positions = (prompt_len[:, None] + steps - 1) * rollouts.mask
     return tokens, positions
+
+
+def response_targets(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and targets [B, S] (-100 outside the responses), and where each response token is predicted [B, L]."""
+    tokens, positions = join_responses(rollouts)
+    # Masked tokens all point at position 0, where a real one may stand: writing them elsewhere keeps it.
+    targets = torch.full((len(tokens), tokens.shape[1] + 1), -100, dtype=torch.int64, device=tokens.device)
+    targets.scatter_(1, torch.where(rollouts.mask, positions, tokens.shape[1]), rollouts.responses)
+    return tokens, targets[:, :-1].contiguous(), positions

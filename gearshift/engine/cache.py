@@ -27,7 +27,7 @@ class KeyValueCache:
     """One buffer pair a layer, `[rows, kv_heads, capacity, D]`, and where the current forward reads and writes.
 
     Rows are left-aligned: position p of a row stands in column p. A forward is either a prefill of some rows from
-    position 0, or one new position for the first `n` rows.
+    position 0 (which may go unwritten), or one new position for the first `n` rows.
     """
 
     def __init__(self) -> None:
@@ -49,29 +49,39 @@ class KeyValueCache:
     def begin_prefill(self, rows: Tensor) -> None:
         self._prefill = rows
 
+    def begin_scoring(self) -> None:
+        """Whole rows from position 0, whose keys and values nobody reads again: nothing is written."""
+        self._prefill = torch.empty(0, dtype=torch.int64)
+
     def begin_decode(self, positions: Tensor) -> None:
         """positions [n]: where each of the first n rows gets its new token."""
         self._prefill, self._columns = None, Columns(positions)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole rows onto others."""
+    def move(self, sources: Tensor, targets: Tensor, width: int | None = None) -> None:
+        """Copy rows, or their first `width` positions, onto others."""
         for keys, values in self._layers.values():
-            keys[targets] = keys[sources]
-            values[targets] = values[sources]
+            keys[targets, :, :width] = keys[sources, :, :width]
+            values[targets, :, :width] = values[sources, :, :width]
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """query [n, heads, T, D], key and value [n, kv_heads, T, D] -> [n, heads, T, D]."""
-        keys, values = self._buffers(layer, key, value)
         if self._prefill is not None:
             width = key.shape[2]
-            keys[self._prefill, :, :width], values[self._prefill, :, :width] = key, value
+            if len(self._prefill):
+                keys, values = self._buffers(layer, key, value)
+                keys[self._prefill, :, :width], values[self._prefill, :, :width] = key, value
             mask = None if window is None or window >= width else _window_mask(width, window, query.device)
             grouped = key.shape[1] != query.shape[1]
             return scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
+        keys, values = self._buffers(layer, key, value)
         out = decode_attention(
             query[:, :, 0], key[:, :, 0], value[:, :, 0], keys, values, self._columns, scaling=scaling, window=window
         )

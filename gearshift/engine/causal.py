@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.adapters import adapters_off
-from gearshift.engine.batches import Rollouts, join_responses
+from gearshift.engine.batches import Rollouts, response_targets
 from gearshift.engine.distributed import World
 from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
 from gearshift.engine.loading import load_module
@@ -72,7 +72,7 @@ class CausalModel(ZeroModel):
         self, rollouts: Rollouts, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [B, L] fp32 of the response tokens (0 where masked), and the entropy there; differentiable."""
-        tokens, targets, positions = _response_targets(rollouts)
+        tokens, targets, positions = response_targets(rollouts)
         logprobs, entropies = self.forward(tokens, targets, temperature, entropy)
 
         def at_responses(values: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class CausalModel(ZeroModel):
         head = lm_head_of(reference.module)
 
         def compare(micro: Rollouts) -> Tensor:
-            tokens, targets, positions = _response_targets(micro)
+            tokens, targets, positions = response_targets(micro)
             hidden = reference.hidden_states(tokens)
             with deepspeed.zero.GatheredParameters(list(head.parameters())):
                 held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
@@ -133,12 +133,3 @@ class WithoutAdapters:
         """As `CausalModel.hidden_states`, without gradients."""
         with adapters_off(self.module), torch.no_grad():
             return self._model.hidden_states(tokens)
-
-
-def _response_targets(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and targets [B, S] (-100 outside the responses), and where each response token is predicted [B, L]."""
-    tokens, positions = join_responses(rollouts)
-    # Masked tokens all point at position 0, where a real one may stand: writing them elsewhere keeps it.
-    targets = torch.full((len(tokens), tokens.shape[1] + 1), -100, dtype=torch.int64, device=tokens.device)
-    targets.scatter_(1, torch.where(rollouts.mask, positions, tokens.shape[1]), rollouts.responses)
-    return tokens, targets[:, :-1].contiguous(), positions

@@ -3,28 +3,47 @@
 Letters: B rows, P prompt length, L response length, n rows being decoded.
 
 Rows live in slots. When a row ends, its slot takes the next waiting prompt; when none waits, the rows that are left
-move together. Which slot or which neighbours a row has changes nothing in it (see `sampling`).
+move together. Rows with the same prompt share its prefill. Which slot or which neighbours a row has changes nothing in
+it (see `sampling`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gearshift.engine.batches import Prompts, Rollouts
+from gearshift.engine import scoring
+from gearshift.engine.batches import Prompts, Rollouts, Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.exchange import gather_rows
 from gearshift.engine.replica import Replica
+from gearshift.engine.room import check_memory, check_positions, position_bytes
 from gearshift.engine.sampling import Sampling, sample_tokens, uniforms
+from gearshift.engine.waiting import Admission, Waiting
+from gearshift.errors import UserError
 
 # Longest prefill: bounds the activations of a forward over prompts.
 PREFILL_TOKENS = 16_384
 
+R = TypeVar("R", bound=Rows)
+
+
+@dataclass(frozen=True)
+class _Asked(Prompts):
+    """Prompts, and the most tokens of each answer: `limits [B]` int64."""
+
+    limits: Tensor
+
 
 class Generator:
-    """Generates with the weights of one optimizer step; see `HybridEngine.rollout`."""
+    """Generates with the weights of one optimizer step; see `HybridEngine.rollout`.
+
+    Every method is collective over all ranks: each passes its own rows, as many as it has (also none). The ranks of a
+    tensor-parallel group pool theirs. All raise RuntimeError when the weights are stale.
+    """
 
     def __init__(self, replica: Replica, world: World, slots: int | None, current_step: int):
         self._replica, self._world, self._slots = replica, world, slots
@@ -35,18 +54,70 @@ class Generator:
         self._open = False
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Answer this rank's prompts; returns this rank's rows in the same order. Collective.
+    def generate(self, prompts: Prompts, sampling: Sampling, limits: Tensor | None = None) -> Rollouts:
+        """Answer this rank's prompts; returns this rank's rows in the same order.
 
-        The ranks of a tensor-parallel group pool their prompts. Raises RuntimeError when the weights are stale.
+        limits [B]: the most tokens of each answer, where that is fewer than `sampling.max_new_tokens`.
+        Raises UserError on every rank, before anything is allocated, when the model lacks positions for some row or
+        has fewer tokens than `top_k`, or a rank lacks memory for the keys and values of so many rows at once.
         """
+        most = torch.full_like(prompts.lengths, sampling.max_new_tokens)
+        limits = most if limits is None else limits.to(most.device).minimum(most)
+        if bool((limits < 1).any()):
+            raise ValueError("limits must be at least 1: every answer has a token")
+        pooled, own = self._pooled(
+            _Asked(prompts.tokens, prompts.lengths, prompts.ids, prompts.draws, prompts.samples, limits)
+        )
+        vocabulary = self._replica.layout.vocabulary[-1][1]
+        if sampling.top_k is not None and sampling.top_k > vocabulary:
+            raise UserError(f"rollout.top_k: {sampling.top_k} is more than the model's {vocabulary} tokens")
+        slots = min(len(pooled), self._slots or len(pooled))
+        self._make_room(slots, int((pooled.lengths + pooled.limits).max()) if len(pooled) else 0)
+        return _Decoding(self._replica, pooled, sampling, slots).run().select(own)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+        """Log-probs [B, L] fp32 of this rank's responses, 0 where masked: what `CausalModel.logprobs` gives."""
+        pooled, own = self._pooled(rollouts)
+        found = scoring.response_logprobs(self._replica, pooled, temperature, PREFILL_TOKENS)
+        return found[own, : rollouts.responses.shape[1]]
+
+    @torch.no_grad()
+    def against(
+        self, reference: Generator, rollouts: Rollouts, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, the reference's log-probs, and the exact KL to it at each response token: [B, L] fp32 each.
+
+        Both are in the rollout gear meanwhile. Raises ValueError when they do not split one vocabulary alike.
+        """
+        reference._require_current()
+        pooled, own = self._pooled(rollouts)
+        found = scoring.response_kl(self._replica, reference._replica, pooled, temperature, PREFILL_TOKENS)
+        width = rollouts.responses.shape[1]
+        logprobs, ref_logprobs, kl = (values[own, :width] for values in found)
+        return logprobs, ref_logprobs, kl
+
+    def _require_current(self) -> None:
         if not self._open or self._replica.stamp != self._step:
-            raise RuntimeError("this generator's weights are stale: generate inside `with policy.rollout()`")
+            raise RuntimeError("this generator's weights are stale: use it inside `with policy.rollout()`")
+
+    def _pooled(self, rows: R) -> tuple[R, slice]:
+        """The rows of all ranks of this tensor-parallel group, and which of them are this rank's."""
+        self._require_current()
         group = self._replica.group
-        pooled, counts = gather_rows(prompts.to(self._world.device), group.group)
-        answers = _Decoding(self._replica, pooled, sampling, self._slots).run()
+        pooled, counts = gather_rows(rows.to(self._world.device), group.group)
         start = sum(counts[: group.rank])
-        return answers.select(slice(start, start + counts[group.rank]))
+        return pooled, slice(start, start + counts[group.rank])
+
+    def _make_room(self, slots: int, capacity: int) -> None:
+        """A cache for `slots` rows of `capacity` positions. Raises UserError on every rank when some rank has none."""
+        replica, cache = self._replica, self._replica.cache
+        check_positions(replica.model.config, capacity, self._world)
+        rows, columns = max(slots, cache.rows), max(capacity, cache.capacity)
+        grows = (rows, columns) != (cache.rows, cache.capacity)
+        each = columns * position_bytes(replica.model.config, replica.group.size, replica.head.weight.dtype)
+        check_memory(each, rows if grows else 0, cache.held_bytes, self._world)
+        cache.reset(slots, capacity)
 
 
 @dataclass
@@ -68,22 +139,21 @@ class _Slots:
 class _Decoding:
     """One call of `generate`: the answers so far and the slots that work on them."""
 
-    def __init__(self, replica: Replica, prompts: Prompts, sampling: Sampling, slots: int | None):
-        self.replica, self.prompts, self.sampling = replica, prompts, sampling
+    def __init__(self, replica: Replica, prompts: _Asked, sampling: Sampling, slots: int):
+        self.replica, self.prompts, self.sampling, self.slot_count = replica, prompts, sampling, slots
         total, device = len(prompts), prompts.tokens.device
-        self.slot_count = min(total, slots or total)
         self.responses = torch.zeros(total, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(total, sampling.max_new_tokens, dtype=torch.float32, device=device)
         self.counts = torch.zeros(total, dtype=torch.int64, device=device)
         self.finished = torch.zeros(total, dtype=torch.bool, device=device)
         self.eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=device)
-        # Longest first: rows of like length are prefilled together.
-        self.waiting = prompts.lengths.argsort(descending=True, stable=True)
+        self.waiting = Waiting(prompts, PREFILL_TOKENS)
+        self.contents = [-1] * slots  # the prompt whose keys and values each slot holds, working or not
+        # Hidden states [H] at the ends of the prompts that rows still wait to share.
+        self.ends: dict[int, Tensor] = {}
 
     def run(self) -> Rollouts:
-        longest = int(self.prompts.lengths.max()) if len(self.prompts) else 0
-        self.replica.cache.reset(self.slot_count, longest + self.sampling.max_new_tokens)
-        empty = self.waiting[:0]
+        empty = self.counts[:0]
         slots = self._fill(_Slots(empty, empty, empty))
         while len(slots.rows):
             hidden = self._decode(slots)
@@ -107,13 +177,17 @@ class _Decoding:
         rows, s = slots.rows, self.sampling
         count = self.counts[rows]
         uniform = uniforms(s.seed, self.prompts.draws[rows], self.prompts.samples[rows], count)
-        tokens, logprobs = sample_tokens(hidden, self.replica.head, s.temperature, uniform, self.replica.group)
+        tokens, logprobs = sample_tokens(
+            hidden, self.replica.head, s.temperature, uniform, self.replica.group, s.top_k, s.top_p
+        )
         self.responses[rows, count] = tokens
         self.logprobs[rows, count] = logprobs
         self.counts[rows] = count + 1
         ended = torch.isin(tokens, self.eos)
+        if s.stop is not None:
+            ended |= s.stop.completed(self.responses, rows, count + 1)
         self.finished[rows] = ended
-        return _Slots(rows, slots.positions, tokens), ~ended & (count + 1 < s.max_new_tokens)
+        return _Slots(rows, slots.positions, tokens), ~ended & (count + 1 < self.prompts.limits[rows])
 
     def _drop(self, slots: _Slots, running: Tensor) -> _Slots:
         """Bring the running rows together at the front: rows from the end move into the gaps, the rest stay."""
@@ -122,33 +196,49 @@ class _Decoding:
         if len(gaps):
             movers = order[-len(gaps) :]
             self.replica.cache.move(movers, gaps)
+            for mover, gap in zip(movers.tolist(), gaps.tolist(), strict=True):
+                self.contents[gap] = self.contents[mover]
             stay = torch.arange(len(order), device=order.device)
             stay[gaps] = movers
             order = stay
         return slots.select(order)
 
     def _fill(self, slots: _Slots) -> _Slots:
-        """Prefill waiting prompts into the free slots, until all slots work or nothing waits."""
+        """Give waiting rows the free slots, until all slots work or nothing waits."""
         while len(self.waiting) and len(slots.rows) < self.slot_count:
-            free = self.slot_count - len(slots.rows)
-            width = int(self.prompts.lengths[self.waiting[0]])
-            take = min(free, max(1, PREFILL_TOKENS // width))
-            rows, self.waiting = self.waiting[:take], self.waiting[take:]
-            new, running = self._sample(*self._prefill(rows, len(slots.rows), width))
+            admitted = self.waiting.take(self.contents, len(slots.rows))
+            new, running = self._sample(*self._admit(admitted, len(slots.rows)))
             if bool(running.all()):
                 slots = slots.join(new)
             else:  # an answer of one token: its slot is free again
                 slots = self._drop(slots.join(new), torch.cat([torch.ones_like(slots.rows, dtype=torch.bool), running]))
         return slots
 
-    def _prefill(self, rows: Tensor, first_slot: int, width: int) -> tuple[_Slots, Tensor]:
-        """Whole prompts into slots from `first_slot`: the slots, and hidden states [n, H] at the prompts' ends."""
+    def _admit(self, new: Admission, first_slot: int) -> tuple[_Slots, Tensor]:
+        """The prompts of new rows into slots from `first_slot`: the slots, and hidden states [n, H] at their ends."""
+        admitted = [*new.readers, *new.copies]
+        rows = torch.tensor(admitted, device=self.counts.device)
+        lengths, read = self.prompts.lengths[rows], len(new.readers)
+        prompts = [self.waiting.prompt_of[row] for row in admitted]
+        if read:
+            self.ends |= dict(zip(prompts[:read], self._prefill(rows[:read], first_slot), strict=True))
+        hidden = torch.stack([self.ends[prompt] for prompt in prompts])
+        self.ends = {prompt: end for prompt, end in self.ends.items() if self.waiting.left[prompt]}
+        self.contents[first_slot : first_slot + len(admitted)] = prompts
+        if new.copies:
+            targets = torch.arange(first_slot + read, first_slot + len(admitted), device=rows.device)
+            sources = torch.tensor(new.sources, device=rows.device)
+            self.replica.cache.move(sources, targets, int(lengths[read:].max()))
+        return _Slots(rows, lengths, lengths), hidden
+
+    def _prefill(self, rows: Tensor, first_slot: int) -> Tensor:
+        """Whole prompts into slots from `first_slot`: hidden states [n, H] at their ends."""
         lengths = self.prompts.lengths[rows]
+        width = int(lengths.max())
         self.replica.cache.begin_prefill(torch.arange(first_slot, first_slot + len(rows), device=rows.device))
         positions = torch.arange(width, device=rows.device).expand(len(rows), width)
         hidden = self.replica.hidden(self.prompts.tokens[rows, :width], positions)
-        last = hidden[torch.arange(len(rows), device=rows.device), lengths - 1]
-        return _Slots(rows, lengths, lengths), last
+        return hidden[torch.arange(len(rows), device=rows.device), lengths - 1]
 
     def _rollouts(self) -> Rollouts:
         longest = max(1, int(self.counts.max())) if len(self.counts) else 1

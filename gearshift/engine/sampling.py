@@ -4,7 +4,8 @@ Letters: n rows, H hidden, V_r this rank's part of the vocabulary, t ranks of th
 
 The uniform of a token depends on (seed, draw number of the prompt in the run, sample, position) and on nothing else:
 the same draw gets the same answer whatever the batch, the number of ranks or the tensor-parallel degree, up to
-rounding. Ranks exchange one maximum and one sum per row, then the token and its log-prob; never logits.
+rounding. Ranks exchange one maximum and one sum per row, then the token and its log-prob; never logits. What top-k and
+top-p add to that is in `truncation`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,38 @@ from torch import Tensor
 
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
+from gearshift.engine.stopping import StopStrings
+from gearshift.engine.truncation import kept_tokens
+from gearshift.errors import UserError
 from gearshift.kernels import few_rows_linear
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. `temperature` 0 is greedy (log-probs are then those of temperature 1)."""
+    """How answers are drawn. `temperature` 0 is greedy (log-probs are then those of temperature 1).
+
+    `top_k`: draw from the k most probable tokens (None: all); `top_p`: from the fewest most probable tokens that hold
+    this part of the probability (1: all). An answer ends with one of `eos_ids`, with the token that completes one of
+    the `stop` strings, or at `max_new_tokens`. Raises UserError for numbers out of range.
+    """
 
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     temperature: float = 1.0
     seed: int = 0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop: StopStrings | None = None
+
+    def __post_init__(self) -> None:
+        for name, fits, right in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not fits:
+                raise UserError(f"rollout.{name}: should be {right}, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -88,9 +110,18 @@ def _fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def sample_tokens(
-    hidden: Tensor, head: HeadShard, temperature: float, uniform: Tensor, group: TensorParallelGroup
+    hidden: Tensor,
+    head: HeadShard,
+    temperature: float,
+    uniform: Tensor,
+    group: TensorParallelGroup,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [n, H], uniform [n] -> tokens [n] int64 and their log-probs [n] fp32, the same bits on every rank."""
+    """hidden [n, H], uniform [n] -> tokens [n] int64 and their log-probs [n] fp32, the same bits on every rank.
+
+    Log-probs are of the whole softmax, also where `top_k` and `top_p` leave only a part of it to draw from.
+    """
     logits = logits_of(hidden, head)
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
@@ -104,7 +135,11 @@ def sample_tokens(
     if temperature == 0.0:
         owner, local = tops.argmax(0), best
     else:
-        owner, local = _inverse_cdf(weights, scaled, torch.exp(tops - highest)[group.rank], uniform, group.rank)
+        rescale, drawn_from = torch.exp(tops - highest), scaled
+        if top_k is not None or top_p < 1.0:
+            weights = weights * kept_tokens(logits, highest, top_k, top_p, group)
+            drawn_from = group.all_gather(weights.sum(-1)) * rescale
+        owner, local = _inverse_cdf(weights, drawn_from, rescale[group.rank], uniform, group.rank)
     chosen = logits.gather(-1, local[:, None])[:, 0] - highest - torch.log(scaled.sum(0))
     mine = owner == group.rank
     told = torch.stack([(local + head.vocab_start).float(), chosen]) * mine

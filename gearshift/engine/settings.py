@@ -53,12 +53,32 @@ class LoraSettings(Section):
     )
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _refuse_empty_text(texts: list[str]) -> list[str]:
+    if not all(texts):
+        raise PydanticCustomError("empty", "should hold no empty text, which would end every response at once")
+    return texts
+
+
 class RolloutSettings(Section):
     """How the policy writes: tensor parallelism, sampling, and the bounds of the shift."""
 
     tp_size: int = Field(1, ge=1, description="Ranks that share one copy of the policy during rollouts")
     max_new_tokens: int = Field(1024, ge=1, description="Longest response, tokens (InstructGPT C: 1k)")
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of every policy log-prob (InstructGPT C.4)")
+    top_k: int | None = Field(None, ge=1, description="Draw from the k most probable tokens; null: all")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Draw from the fewest most probable tokens (of top_k) with this part of the probability; 1: all",
+    )
+    stop: Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_refuse_empty_text)] = Field(
+        [], description="Texts that end a response, as EOS does, once its text holds one; they stay in it"
+    )
     slots: int | None = Field(
         None, ge=1, description="Rows decoded at once per tensor-parallel group; null: all rows that it is given"
     )
@@ -151,10 +171,6 @@ DeepSpeedConfig = Annotated[
     AfterValidator(_refuse_owned_keys),
     Field(description="Merged verbatim into DeepSpeed's config (offloading, buckets, logging ...)"),
 ]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 # One source or a list of them: a local .jsonl, .jsonl.gz, .parquet or .txt file, or a hub data set.

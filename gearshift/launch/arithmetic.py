@@ -27,7 +27,7 @@ def _ppo(config: PpoConfig, ranks: int) -> list[str]:
     lines = [
         f"iteration    {_n(ppo.batch_size, 'episode')}, {ppo.batch_size // ranks} per rank on {_n(ranks, 'rank')}; "
         f"{_n(ppo.iterations, 'iteration')} make {_n(ppo.episodes, 'episode')}",
-        _rollouts(config.rollout.tp_size, ranks, ppo.batch_size),
+        _rollouts(config.rollout.tp_size, ranks, ppo.batch_size, ppo.answers),
         f"minibatch    {_n(ppo.minibatch_size, 'episode')}, {per_rank} per rank in {micro}",
     ]
     if config.ptx.coef > 0:
@@ -57,9 +57,10 @@ def _train(config: PretrainConfig, ranks: int, steps: int | None) -> list[str]:
     ]
 
 
-def _rollouts(tp_size: int, ranks: int, rows: int | None = None) -> str:
+def _rollouts(tp_size: int, ranks: int, rows: int | None = None, answers: int = 1) -> str:
     groups = ranks // tp_size
-    share = f", {_n(rows // groups, 'prompt')} each" if rows else ""
+    share = f", {_n(rows // groups, 'prompt' if answers == 1 else 'answer')} each" if rows else ""
+    share += f" ({answers} to a prompt)" if answers > 1 else ""
     return f"rollouts     {_n(groups, 'group')} of {_n(tp_size, 'rank')} (tensor parallel){share}"
 
 

@@ -7,6 +7,7 @@ a new model alone takes seconds, since `transformers` is asked whether such a mo
 from __future__ import annotations
 
 import importlib.util
+import math
 
 from gearshift.engine.settings import check_shift
 from gearshift.errors import SettingError
@@ -87,6 +88,7 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
     step = ppo.minibatches * ranks
     _divides("ppo.batch_size", ppo.batch_size, ranks, f"the {ranks} ranks (run.ranks)", step)
     _divides("ppo.batch_size", ppo.batch_size, ppo.minibatches, f"ppo.minibatches = {ppo.minibatches}", step)
+    _divides("ppo.batch_size", ppo.batch_size, ppo.answers, f"ppo.answers = {ppo.answers}", math.lcm(step, ppo.answers))
     if ppo.minibatch_size % ranks:
         fitting = numbers(m for m in range(1, ppo.batch_size // ranks + 1) if ppo.batch_size // ranks % m == 0)
         raise SettingError(

@@ -122,6 +122,9 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
             "rollout.tp_size", f"{tp} does not divide the {heads} attention heads ({kv_heads} for keys) of {init}: "
             f"use {fitting}"
         )  # fmt: skip
+    vocabulary, top_k = config_number(model, "vocab_size"), config.rollout.top_k
+    if vocabulary and top_k and top_k > vocabulary:
+        raise SettingError("rollout.top_k", f"{top_k} is more than the {vocabulary} tokens of {init}: leave it out")
     positions = config_number(model, "max_position_embeddings", "n_positions")
     if positions and (config.ptx.data or config.ptx.validation) and config.ptx.max_tokens > positions:
         raise SettingError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from gearshift.engine import CausalModel, HybridEngine, RewardModel, Rollouts, Sampling, World, init_distributed
+from gearshift.engine import CausalModel, HybridEngine, RewardModel, Rollouts, World, init_distributed
 from gearshift.engine.exchange import gather_rows
 from gearshift.errors import UserError
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
@@ -29,7 +29,7 @@ from gearshift.rlhf.setup import (
     encoder_of,
     load_rows,
     require_same_tokens,
-    stop_tokens,
+    sampling_of,
     text_blocks,
     tokenizer_of,
 )
@@ -162,12 +162,7 @@ def _answer(
         keep_weights=config.rollout.keep_weights,
         deepspeed_extra=config.deepspeed,
     )
-    sampling = Sampling(
-        config.rollout.max_new_tokens,
-        stop_tokens(encoder.tokenizer, policy.module),
-        config.rollout.temperature,
-        config.run.seed,
-    )
+    sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)
     mine = prompts[world.share(len(prompts))]
     with policy.rollout() as generator:
         seen = [encoder.with_prefix(prompt, system.prefix) for prompt in mine]

@@ -17,7 +17,6 @@ from gearshift.engine import (
     Prompts,
     RewardModel,
     Rollouts,
-    Sampling,
     TokenBatch,
     World,
     init_distributed,
@@ -40,8 +39,8 @@ from gearshift.rlhf.setup import (
     encoder_of,
     load_rows,
     require_same_tokens,
+    sampling_of,
     save_policy,
-    stop_tokens,
     text_blocks,
     tokenizer_of,
     training_of,
@@ -67,12 +66,7 @@ class Ppo:
         self.policy, self.critic = models.policy, models.critic
         self.reference, self.reward_model = models.reference, models.reward_model
         self.kl = KlController(config.ppo.kl)
-        self.sampling = Sampling(
-            config.rollout.max_new_tokens,
-            stop_tokens(data.tokenizer, self.policy.module),
-            config.rollout.temperature,
-            config.run.seed,
-        )
+        self.sampling = sampling_of(config.rollout, data.tokenizer, self.policy.module, config.run.seed)
 
     def iteration(self, number: int) -> dict[str, float]:
         """Roll out, score, update; returns the iteration's metrics."""
@@ -119,6 +113,7 @@ class Ppo:
 
     def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor) -> Loss:
         """The clipped surrogate on a micro-batch; `count`: response tokens of the global minibatch."""
+        # Both log-probs are of the whole softmax, whatever top_k and top_p left to draw from: the ratio starts at 1.
         logprobs, _ = policy.response_logprobs(batch, self.sampling.temperature)
         return kernels.policy_loss(
             logprobs, batch.logprobs, batch.advantages, batch.mask, clip=self.config.ppo.clip, tokens=count
@@ -272,7 +267,9 @@ class PpoData:
         held_out = load_rows("data.validation", config.data.validation, encoder.prompts, report)
         text_encoder = encoder_of(config.data, tokenizer, config.ptx.max_tokens)
         return cls(
-            prompts=prompt_batches(rows, Sampler(len(rows), config.ppo.batch_size, config.run.seed), world),
+            prompts=prompt_batches(
+                rows, Sampler(len(rows), config.ppo.prompts, config.run.seed), world, config.ppo.answers
+            ),
             pretraining=_pretraining(config, text_encoder, world),
             held_out_prompts=held_out,
             held_out_text=text_blocks(config.ptx.validation, text_encoder),
@@ -280,11 +277,13 @@ class PpoData:
         )
 
 
-def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World) -> Iterator[Prompts]:
-    """This rank's part of every global batch of prompts."""
+def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World, answers: int = 1) -> Iterator[Prompts]:
+    """This rank's part of every global batch: each prompt that is drawn, `answers` times."""
     for draw in sampler:
-        mine = rank_part([rows[i] for i in draw.rows], world.rank, world.size)
-        yield collate_prompts(mine, rank_part(draw.draws, world.rank, world.size))
+        numbers = zip(draw.rows, draw.draws, strict=True)
+        every = [(rows[i], number, answer) for i, number in numbers for answer in range(answers)]
+        mine = rank_part(every, world.rank, world.size)
+        yield collate_prompts([row for row, _, _ in mine], [n for _, n, _ in mine], [a for _, _, a in mine])
 
 
 def _pretraining(config: PpoConfig, encoder: Encoder, world: World) -> Iterator[TokenBatch]:

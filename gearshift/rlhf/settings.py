@@ -180,8 +180,9 @@ class KlSettings(Section):
 class PpoSettings(Section):
     """InstructGPT C.4, from the batch sizes to the clips."""
 
-    episodes: int = Field(256_000, ge=1, description="Prompts answered in the whole run, all ranks together (C.4)")
+    episodes: int = Field(256_000, ge=1, description="Responses in the whole run, all ranks together (C.4)")
     batch_size: int = Field(512, ge=1, description="Episodes per iteration, all ranks together (C.4)")
+    answers: int = Field(1, ge=1, description="Episodes of an iteration that answer the same prompt (C.4: 1)")
     minibatches: int = Field(8, ge=1, description="Optimizer steps that one pass over an iteration is cut into (C.4)")
     epochs: int = Field(1, ge=1, description="Passes over each iteration's episodes (C.4)")
     micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward; changes memory only")
@@ -199,6 +200,11 @@ class PpoSettings(Section):
     def iterations(self) -> int:
         """Rounds of rollout and update."""
         return self.episodes // self.batch_size
+
+    @property
+    def prompts(self) -> int:
+        """Prompts drawn per iteration, all ranks together."""
+        return self.batch_size // self.answers
 
     @property
     def minibatch_size(self) -> int:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from gearshift.engine import CausalModel, Training, World
+from gearshift.engine import CausalModel, Sampling, StopStrings, Training, World
 from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
-from gearshift.engine.settings import OptimizerSettings
+from gearshift.engine.settings import OptimizerSettings, RolloutSettings
 from gearshift.errors import SettingError, UserError
 from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
 from gearshift.rlhf.data.sources import Record, read_sources
@@ -123,6 +123,19 @@ def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS, and what the model's generation config adds (chat models)."""
     more = module.generation_config.eos_token_id
     return tuple(sorted({int(tokenizer.eos_token_id), *([more] if isinstance(more, int) else more or [])}))
+
+
+def sampling_of(rollout: RolloutSettings, tokenizer: Any, module: Any, seed: int) -> Sampling:
+    """How the model writes: the config's section, and what ends a response."""
+    return Sampling(
+        rollout.max_new_tokens,
+        stop_tokens(tokenizer, module),
+        rollout.temperature,
+        seed,
+        rollout.top_k,
+        rollout.top_p,
+        StopStrings(tokenizer, rollout.stop) if rollout.stop else None,
+    )
 
 
 def at_least(rows: list[Any], count: int, what: str) -> None:

@@ -37,6 +37,14 @@ def test_plain_ppo_says_nothing_of_pretraining(here: Path) -> None:
     ]
 
 
+def test_several_answers_to_a_prompt(here: Path) -> None:
+    ppo = {"episodes": 64, "batch_size": 16, "minibatches": 1, "answers": 4}
+    assert (
+        lines("ppo", 2, ppo=ppo)[1]
+        == "rollouts     1 group of 2 ranks (tensor parallel), 16 answers each (4 to a prompt)"
+    )
+
+
 def test_training_stages(here: Path) -> None:
     train = {
         "batch_size": 32,

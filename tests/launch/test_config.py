@@ -42,6 +42,16 @@ def test_the_examples_are_right(here: Path, command: str) -> None:
     assert type(config) is CONFIGS[command]
 
 
+def test_one_stop_text_is_a_list_of_one(here: Path) -> None:
+    assert load("ppo", write(changed(example("ppo"), "rollout.stop", "\n\n"))).rollout.stop == ["\n\n"]  # type: ignore
+
+
+def test_top_k_is_at_most_the_vocabulary(here: Path) -> None:
+    model_folder(here / "small", vocab_size=9)
+    values = changed(changed(example("ppo"), "policy.init", "small"), "rollout.top_k", 10)
+    assert error_of("ppo", values).endswith("rollout.top_k: 10 is more than the 9 tokens of small: leave it out")
+
+
 @pytest.mark.parametrize("command", CONFIGS)
 def test_a_saved_config_is_the_same_config(here: Path, command: str) -> None:
     config = load(command, write(example(command)))
@@ -86,6 +96,16 @@ WRONG = [
     ("deepspeed.zero_optimization.stage", 2, "deepspeed.zero_optimization.stage: this key is Gearshift's"),
     ("deepspeed.fp16", {"enabled": True}, "deepspeed.fp16: this key is Gearshift's: fp16 is not supported"),
     ("run.ranks", 4, "run.ranks: 4, but the launcher starts 2 processes: leave run.ranks out"),
+    ("rollout.top_k", 0, "rollout.top_k: should be greater than or equal to 1, not 0"),
+    ("rollout.top_p", 0.0, "rollout.top_p: should be greater than 0, not 0.0"),
+    ("rollout.top_p", 1.5, "rollout.top_p: should be less than or equal to 1, not 1.5"),
+    (
+        "rollout.stop",
+        ["\n", ""],
+        "rollout.stop: should hold no empty text, which would end every response at once, not",
+    ),
+    ("rollout.stop", "", "rollout.stop: should hold no empty text"),
+    ("ppo.answers", 3, "ppo.batch_size: 64 does not divide by ppo.answers = 3: use 48 or 72"),
     ("rollout.tp_size", 3, "rollout.tp_size: 3 does not divide the 2 ranks (run.ranks): use 1 or 2"),
     ("ppo.batch_size", 63, "ppo.batch_size: 63 does not divide by the 2 ranks (run.ranks): use 56 or 64"),
     ("ppo.batch_size", 62, "ppo.batch_size: 62 does not divide by ppo.minibatches = 4: use 56 or 64"),

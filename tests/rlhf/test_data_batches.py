@@ -57,13 +57,14 @@ def test_text_batches_mix_demonstrations_and_blocks():
 
 def test_prompt_batches_carry_row_and_draw():
     rows = [PromptRow(3, [5], "a", {}), PromptRow(8, [6, 7], "b", {}), None]
-    batch = collate_prompts(rows[:2], draws=[100, 101], sample=2)
+    batch = collate_prompts(rows[:2], draws=[100, 101], samples=[2, 3])
     assert batch.tokens.tolist() == [[5, 0], [6, 7]]
     assert (batch.lengths.tolist(), batch.ids.tolist()) == ([1, 2], [3, 8])
-    assert (batch.draws.tolist(), batch.samples.tolist()) == ([100, 101], [2, 2])
+    assert (batch.draws.tolist(), batch.samples.tolist()) == ([100, 101], [2, 3])
     assert all(field.dtype == torch.int64 for field in vars(batch).values())
     evaluation = collate_prompts(rows)
     assert (evaluation.draws.tolist(), evaluation.ids.tolist()) == ([3, 8, 0], [3, 8, -1])
+    assert evaluation.samples.tolist() == [0, 0, 0]
     assert evaluation.lengths.tolist() == [1, 2, 1]  # a place without a row still has one token to run on
 
 

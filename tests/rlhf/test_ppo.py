@@ -137,6 +137,32 @@ def test_adapters(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["r"] == 2
 
 
+def answer_twice(world: World, values: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+    run, seen = build(world, values), []
+    score = run.reward_model.score
+    run.reward_model.score = lambda rollouts: (seen.append(rollouts), score(rollouts))[1]  # type: ignore
+    return seen, run.iteration(1)
+
+
+def test_two_answers_to_a_prompt_from_a_part_of_the_distribution(
+    two_ranks: WorkerGroup, values: dict[str, Any]
+) -> None:
+    """`ppo.answers`, top-k, top-p and a stop text: the ratio of PPO still starts at 1."""
+    rollout = {"max_new_tokens": 12, "top_k": 30, "top_p": 0.9, "stop": ["e", "th"]}
+    values = changed(values, rollout=rollout, ppo={"answers": 2}, ptx={"coef": 0.0, "data": []})
+    rows = []
+    for (rollouts,), metrics in two_ranks.run(answer_twice, values):
+        assert metrics["val/ratio"] == pytest.approx(1.0, abs=0.05)
+        assert 0 < metrics["rollout/logprob_gap"] <= 1e-5
+        for b in range(len(rollouts)):
+            answer = tuple(rollouts.responses[b][rollouts.mask[b]].tolist())
+            rows.append((int(rollouts.ids[b]), int(rollouts.draws[b]), int(rollouts.samples[b]), answer))
+    drawn = next(Sampler(20, BATCH // 2, 3))
+    numbers = list(zip(drawn.rows, drawn.draws, strict=True))
+    assert [row[:3] for row in rows] == [(*number, sample) for number in numbers for sample in (0, 1)]
+    assert len({row[3] for row in rows}) > BATCH // 2
+
+
 def test_the_exact_estimator(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
     """The KL to the reference is 0 before the first update, and never negative: it is no estimate."""
     values = changed(values, run={"folder": str(tmp_path / "run")}, ptx={"coef": 0.0, "data": []})

@@ -48,8 +48,13 @@ def collate_text(rows: Sequence[Demonstration | Block | None]) -> TokenBatch:
     )
 
 
-def collate_prompts(rows: Sequence[PromptRow | None], draws: Sequence[int] | None = None, sample: int = 0) -> Prompts:
-    """Prompts to answer. `draws` are the sampler's; without them (evaluation) they are the row numbers."""
+def collate_prompts(
+    rows: Sequence[PromptRow | None], draws: Sequence[int] | None = None, samples: Sequence[int] | None = None
+) -> Prompts:
+    """Prompts to answer. `draws` are the sampler's; without them (evaluation) they are the row numbers.
+
+    `samples`: which answer to its draw each row is; without them the first of each.
+    """
     ids = [-1 if row is None else row.id for row in rows]
     tokens = [[0] if row is None else row.tokens for row in rows]
     return Prompts(
@@ -57,7 +62,7 @@ def collate_prompts(rows: Sequence[PromptRow | None], draws: Sequence[int] | Non
         lengths=torch.tensor([len(row) for row in tokens]),
         ids=torch.tensor(ids),
         draws=torch.tensor([max(row, 0) for row in ids] if draws is None else list(draws)),
-        samples=torch.full((len(rows),), sample),
+        samples=torch.tensor([0] * len(rows) if samples is None else list(samples), dtype=torch.int64),
     )
 
 
