@@ -55,7 +55,7 @@ def check(config: Config, ranks: int) -> None:
         raise SettingError(
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
-    check_run_folder(config)
+    check_run_folder(config, ranks)
     if isinstance(config, CompareConfig):
         _check_unread(config)
         _check_checker(config.compare.true_score)

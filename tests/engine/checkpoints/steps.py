@@ -14,7 +14,7 @@ CONTENT = {"policy/a.pt": "weights", "policy/b.pt": "moments", "critic/a.pt": "v
 
 
 def manifest(step: int, score: float | None = None) -> Manifest:
-    return Manifest("PpoConfig", step, 1, 1, {"run": {"seed": 3}}, {"kl": 0.1}, {"torch": "2"}, score)
+    return Manifest("ppo", step, 1, 1, {"run": {"seed": 3}}, {"kl": 0.1}, {"torch": "2"}, score)
 
 
 def write_step(folder: Path, step: int, score: float | None = None) -> Path:

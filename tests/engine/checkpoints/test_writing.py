@@ -46,7 +46,7 @@ def train(world: World, models: dict[str, CausalModel], steps: range) -> list[fl
 
 
 def step_of(world: World, step: int) -> Manifest:
-    return Manifest("PpoConfig", step, world.size, 1, {}, {}, versions())
+    return Manifest("ppo", step, world.size, 1, {}, {}, versions())
 
 
 def masters(models: dict[str, CausalModel]) -> list[torch.Tensor]:
