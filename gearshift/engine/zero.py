@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from gearshift.engine.distributed import World
 from gearshift.engine.saving import save_pretrained
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
+
+if TYPE_CHECKING:
+    from gearshift.engine.checkpoints.shards import Shards
 
 R = TypeVar("R", bound=Rows)
 LossFunction = Callable[["Any", "Any", Tensor], Loss]
@@ -191,6 +194,19 @@ class ZeroModel:
     def save_pretrained(self, folder: Path | str, tokenizer: Any = None) -> None:
         """Write a folder that `from_pretrained` loads, streamed from the shards. Collective."""
         save_pretrained(self.module, Path(folder), self.world, tokenizer=tokenizer)
+
+    def save_shards(self, shards: Shards, name: str) -> None:
+        """Weights, fp32 masters, optimizer and schedule of this rank, in DeepSpeed's own files. Collective."""
+        with shards.serving(self.engine):
+            self.engine.save_checkpoint(str(shards.root), name, client_state={"steps": self.steps}, save_latest=False)
+
+    def load_shards(self, shards: Shards, name: str) -> None:
+        """What `save_shards` of as many ranks wrote, into a model as it was built. Collective."""
+        with shards.serving(self.engine):
+            path, state = self.engine.load_checkpoint(str(shards.root), name)
+        if path is None:
+            raise UserError(f"{shards.root / name}: holds no checkpoint of a model")
+        self.steps = int(state["steps"])
 
     def _micro_batches(self, batch: R) -> Iterator[tuple[R, int]]:
         """At most `micro_batch_size` rows at a time, as often on every rank: `(piece, 1)`, or `(repeat, 0)` to fill."""

@@ -54,7 +54,7 @@ def check(config: Config, ranks: int) -> None:
         _check_ptx(config)
     if isinstance(config, PpoConfig | CompareConfig):
         _check_rollout(config, ranks)
-    check_run_folder(config)
+    check_run_folder(config, ranks)
     if isinstance(config, CompareConfig):
         _check_unread(config)
         _check_checker(config.compare.true_score)

@@ -29,7 +29,7 @@ CONFIGS: dict[str, type[Config]] = {
 
 # Sections in help, whichever a command has.
 ORDER = ["run", "policy", "critic", "reference", "reward", "systems", "data", "train", "rollout", "ppo", "ptx"]
-ORDER += ["compare", "optimizer", "tracking", "deepspeed"]
+ORDER += ["compare", "optimizer", "checkpoint", "tracking", "deepspeed"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -256,7 +256,8 @@ def help_text(command: str) -> str:
     config_class = CONFIGS[command]
     doc = (config_class.__doc__ or "").strip()
     lines = [
-        f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--hostfile HOSTS]",
+        f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--hostfile HOSTS]"
+        + (" [--resume auto|PATH|never]" if "checkpoint" in config_class.model_fields else ""),
         "",
         doc,
         "CONFIG.yaml holds the sections below; each field can also be set as --section.field value.",

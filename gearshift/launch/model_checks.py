@@ -12,6 +12,7 @@ from typing import Any
 from gearshift.engine.folder import config_number
 from gearshift.errors import SettingError
 from gearshift.launch import folders
+from gearshift.launch.resume_checks import check_resume, check_start
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig
 
 
@@ -29,19 +30,29 @@ def numbers(values: Iterator[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 
-def check_run_folder(config: Config) -> None:
-    """A finished run is not written over unasked, nor is a model that this run itself reads."""
+def check_run_folder(config: Config, ranks: int) -> None:
+    """An earlier run is not written over unasked, nor is a model that this run itself reads."""
     folder = Path(config.run.folder)
-    finished = folder / ("systems.json" if isinstance(config, CompareConfig) else "model")
-    if finished.exists() and not config.run.overwrite:
-        raise SettingError(
-            "run.folder", f"{folder} holds a finished run: choose another folder, or set run.overwrite: true"
-        )
+    _check_finished(config, folder)
+    if isinstance(config, PretrainConfig | PpoConfig):
+        if config.checkpoint.resumes:
+            check_resume(config, ranks)
+        else:
+            check_start(config)
     for field, init in _inits(config):
         if Path(init).exists() and Path(init).resolve().is_relative_to(folder.resolve()):
             raise SettingError(
                 field, f"{init} lies in run.folder, which this run writes into: choose another run.folder than {folder}"
             )
+
+
+def _check_finished(config: Config, folder: Path) -> None:
+    finished = folder / ("systems.json" if isinstance(config, CompareConfig) else "model")
+    resumes = isinstance(config, PretrainConfig | PpoConfig) and config.checkpoint.resumes
+    if finished.exists() and not config.run.overwrite and not resumes:
+        raise SettingError(
+            "run.folder", f"{folder} holds a finished run: choose another folder, or set run.overwrite: true"
+        )
 
 
 def _inits(config: Config) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,8 @@ class Arguments:
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`, `--help`.
+    """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`,
+    `--resume auto|PATH|never` (which is checkpoint.resume), `--help`.
 
     `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
     Raises UserError for anything else.
@@ -53,6 +54,8 @@ def _set_config(arguments: Arguments, path: str) -> None:
 def _set_option(arguments: Arguments, name: str, value: str) -> None:
     if name == "config":
         _set_config(arguments, value)
+    elif name == "resume":
+        arguments.overrides.append(("checkpoint.resume", value))
     elif name == "hostfile":
         arguments.hostfile = value
     elif name in ("local_rank", "local-rank"):

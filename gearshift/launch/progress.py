@@ -28,21 +28,22 @@ class Progress:
         total: int,
         what: str,
         unit: str = "step",
+        done: int = 0,
         file: TextIO | None = None,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`total` steps; plain lines come at most every `every` seconds, and at the last step."""
+        """`total` steps, of which `done` lie behind; plain lines come at most every `every` seconds."""
         self.total, self.what, self.unit, self.every, self.clock = total, what, unit, every, clock
         self.file = file or sys.stderr
-        self.done = 0
+        self.done = self._first = done
         self._start = self._last_line = clock()
         self._shown: dict[str, str] = {}
         self._bar: Any = None
         if self.file.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=unit, file=self.file, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, file=self.file, dynamic_ncols=True)
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """One step is done. A metric that this step lacks (validation) stays as it was last shown."""
@@ -53,7 +54,7 @@ class Progress:
             self._bar.update(1)
             return
         now = self.clock()
-        if now - self._last_line >= self.every or self.done in (1, self.total):
+        if now - self._last_line >= self.every or self.done in (self._first + 1, self.total):
             self._last_line = now
             print(self._line(now), file=self.file, flush=True)
 
@@ -76,7 +77,7 @@ class Progress:
 
     def _line(self, now: float) -> str:
         passed = now - self._start
-        left = passed / self.done * (self.total - self.done)
+        left = passed / (self.done - self._first) * (self.total - self.done)
         values = ", ".join(f"{name} {value}" for name, value in self._shown.items())
         return (
             f"{self.what}: {self.unit} {self.done}/{self.total}, {values}{', ' * bool(values)}{clock_time(left)} left"

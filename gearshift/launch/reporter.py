@@ -18,7 +18,7 @@ from gearshift.rlhf.settings import Config
 class _Silent:
     """The report of every rank but the first."""
 
-    def start(self, lines: Sequence[str], total: int) -> None: ...
+    def start(self, lines: Sequence[str], total: int, done: int = 0) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -34,11 +34,13 @@ class _Told:
         self._command, self._config, self._tracker = command, config, tracker
         self._progress: Progress | None = None
 
-    def start(self, lines: Sequence[str], total: int) -> None:
+    def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
+        self._tracker.keep_until(done)
         ranks = int(os.environ["WORLD_SIZE"])
         for line in [*lines, *batch_arithmetic(self._config, ranks, total)]:
             self.say(line)
-        self._progress = Progress(total, self._command, unit="iteration" if self._command == "ppo" else "step")
+        unit = "iteration" if self._command == "ppo" else "step"
+        self._progress = Progress(total, self._command, unit=unit, done=done)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._tracker.log(step, metrics)

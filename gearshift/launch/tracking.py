@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from gearshift.engine.checkpoints.settings import FOLDER as CHECKPOINTS
 from gearshift.errors import UserError
 from gearshift.launch.config import save
-from gearshift.rlhf.settings import Config
+from gearshift.rlhf.settings import Config, PpoConfig, PretrainConfig
 
 
 class Tracker:
-    """The writer of one run folder. What an earlier run wrote there as it went is removed, so that no two are mixed.
+    """The writer of one run folder. What an earlier run wrote there as it went is removed, so that no two are mixed;
+    a run that is resumed goes on in the same files.
 
     Its results (model/, systems.json ...) stay until this run's, which replace them.
     """
@@ -30,13 +33,20 @@ class Tracker:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _clear(self.folder)
-            self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-            self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
+            if not _resumes(config):
+                _clear(self.folder)
+            mode = "a" if _resumes(config) else "w"
+            self._metrics = (self.folder / "metrics.jsonl").open(mode, encoding="utf-8")
+            self._samples = (self.folder / "samples.jsonl").open(mode, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run.folder: {folder} cannot be written: {error.strerror}") from None
         save(config, self.folder / "config.yaml")
         self._trackers = [_start(name, self.folder, config) for name in trackers]
+
+    def keep_until(self, step: int) -> None:
+        """Lines of later steps go: the run was resumed from before them."""
+        self._metrics = _cut(self._metrics, step)
+        self._samples = _cut(self._samples, step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line `{"step": step, name: value, ...}`; a value that is not finite is written as null."""
@@ -63,11 +73,28 @@ class Tracker:
         self.close()
 
 
+def _resumes(config: Config) -> bool:
+    return isinstance(config, PretrainConfig | PpoConfig) and config.checkpoint.resumes
+
+
+def _cut(file: Any, step: int) -> Any:
+    """The file without lines of later steps (and without a half line of a run that was killed), open to write on."""
+    path = Path(file.name)
+    file.close()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        aside = path.with_name(f".{path.name}.writing")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, path)
+    return path.open("a", encoding="utf-8")
+
+
 def _clear(folder: Path) -> None:
-    """Remove an earlier run's dashboards and report, which the new run's files would join instead of replacing."""
+    """Remove an earlier run's checkpoints, dashboards and report, which the new run's files would join."""
     if not (folder / "metrics.jsonl").is_file():
         return  # no run was here: whatever else is, is not ours
-    for name in ("tensorboard", "report"):
+    for name in (CHECKPOINTS, "tensorboard", "report"):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
     (folder / "report.html").unlink(missing_ok=True)

@@ -17,6 +17,13 @@ class KlController:
         self._settings = settings
         self.coef = settings.coef
 
+    def state(self) -> float:
+        """What a checkpoint holds of it."""
+        return self.coef
+
+    def set_state(self, state: float) -> None:
+        self.coef = state
+
     def update(self, kl: float, episodes: int) -> None:
         """`kl`: mean KL per response of the iteration, nats."""
         if self._settings.target is None:

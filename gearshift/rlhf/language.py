@@ -18,6 +18,7 @@ from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.data.tokenizers import train_tokenizer
 from gearshift.rlhf.new_model import new_model_config
 from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.resuming import Saver
 from gearshift.rlhf.settings import PretrainConfig, SftConfig
 from gearshift.rlhf.setup import (
     at_least,
@@ -63,6 +64,7 @@ def pretrain(config: PretrainConfig, report: Report) -> None:
         sampler.steps(config.train.epochs),
         text_batches(blocks, sampler, world),
         held_out,
+        {"rows": sampler},
     )
 
 
@@ -76,29 +78,30 @@ def sft(config: SftConfig, report: Report) -> None:
     encoder = encoder_of(config.data, tokenizer)
     rows = load_rows("data.train", config.data.train, encoder.demonstrations, report)
     held_out = load_rows("data.validation", config.data.validation, encoder.demonstrations, report)
-    batches, steps = _mixed_batches(config, rows, encoder, world)
-    _train(config, report, world, tokenizer, steps, batches, held_out)
+    batches, steps, cursors = _mixed_batches(config, rows, encoder, world)
+    _train(config, report, world, tokenizer, steps, batches, held_out, cursors)
 
 
 def _mixed_batches(
     config: SftConfig, rows: list[Any], encoder: Encoder, world: World
-) -> tuple[Iterator[TokenBatch], int]:
-    """Batches of demonstrations and `train.pretraining_fraction` of text, and how many steps make the epochs."""
+) -> tuple[Iterator[TokenBatch], int, dict[str, Sampler]]:
+    """Batches of demonstrations and `train.pretraining_fraction` of text, how many steps make the epochs, cursors."""
     train, seed = config.train, config.run.seed
     texts = round(train.batch_size * train.pretraining_fraction)
     demonstrations = Sampler(len(rows), train.batch_size - texts, seed)
     steps = demonstrations.steps(train.epochs)
     if not texts:
-        return text_batches(rows, demonstrations, world), steps
+        return text_batches(rows, demonstrations, world), steps, {"rows": demonstrations}
     blocks = text_blocks(train.pretraining, encoder)
     at_least(blocks, 1, "train.pretraining")
+    pretraining = Sampler(len(blocks), texts, seed)
 
     def batches() -> Iterator[TokenBatch]:
-        for draw, text in zip(demonstrations, Sampler(len(blocks), texts, seed), strict=False):
+        for draw, text in zip(demonstrations, pretraining, strict=False):
             both = [rows[i] for i in draw.rows] + [blocks[i] for i in text.rows]
             yield collate_text(both[world.rank :: world.size])
 
-    return batches(), steps
+    return batches(), steps, {"rows": demonstrations, "pretraining": pretraining}
 
 
 def _train(
@@ -109,6 +112,7 @@ def _train(
     steps: int,
     batches: Iterator[TokenBatch],
     held_out: list[Any],
+    cursors: dict[str, Sampler],
 ) -> None:
     model = _model(config, config.optimizer, world, tokenizer, steps)
 
@@ -117,8 +121,9 @@ def _train(
             return {}
         return {"loss/validation": float(evaluate(model, language_loss, held_out, collate_text)["loss"])}
 
-    report.start([f"model        {model.parameters_total:,} parameters"], steps)
-    fit(model, language_loss, batches, steps, report, validate, config.train.validate_every)
+    saver = Saver(config, world, report, {"model": model}, cursors)
+    report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
+    fit(model, language_loss, batches, steps, report, validate, config.train.validate_every, saver)
     save_policy(model, config.run.folder, config.policy, tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
+from gearshift.rlhf.resuming import Saver
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
@@ -249,6 +250,7 @@ class PpoData:
     held_out_prompts: list[PromptRow]
     held_out_text: list[Any]
     tokenizer: Any
+    cursors: dict[str, Sampler] = field(default_factory=dict)  # where prompts and pretraining text are drawn from
 
     def decode(self, tokens: Tensor) -> str:
         text: str = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
@@ -266,14 +268,14 @@ class PpoData:
         rows = load_rows("data.train", config.data.train, encoder.prompts, report)
         held_out = load_rows("data.validation", config.data.validation, encoder.prompts, report)
         text_encoder = encoder_of(config.data, tokenizer, config.ptx.max_tokens)
+        cursors = {"prompts": Sampler(len(rows), config.ppo.prompts, config.run.seed)}
         return cls(
-            prompts=prompt_batches(
-                rows, Sampler(len(rows), config.ppo.prompts, config.run.seed), world, config.ppo.answers
-            ),
-            pretraining=_pretraining(config, text_encoder, world),
+            prompts=prompt_batches(rows, cursors["prompts"], world, config.ppo.answers),
+            pretraining=_pretraining(config, text_encoder, world, cursors),
             held_out_prompts=held_out,
             held_out_text=text_blocks(config.ptx.validation, text_encoder),
             tokenizer=tokenizer,
+            cursors=cursors,
         )
 
 
@@ -286,14 +288,17 @@ def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World, answer
         yield collate_prompts([row for row, _, _ in mine], [n for _, n, _ in mine], [a for _, _, a in mine])
 
 
-def _pretraining(config: PpoConfig, encoder: Encoder, world: World) -> Iterator[TokenBatch]:
-    """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch."""
+def _pretraining(
+    config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler]
+) -> Iterator[TokenBatch]:
+    """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch; adds its cursor."""
     if config.ptx.coef == 0:
         return iter(())
     blocks = text_blocks(config.ptx.data, encoder)
     at_least(blocks, 1, "ptx.data")
     per_step = config.ppo.minibatch_size * config.ptx.examples_per_episode
-    return text_batches(blocks, Sampler(len(blocks), per_step, config.run.seed + 1), world)
+    cursors["pretraining"] = Sampler(len(blocks), per_step, config.run.seed + 1)
+    return text_batches(blocks, cursors["pretraining"], world)
 
 
 def load_models(config: PpoConfig, world: World) -> Models:
@@ -345,12 +350,14 @@ def ppo(config: PpoConfig, report: Report) -> None:
     data = PpoData.load(config, world, report)
     run = Ppo(config, world, load_models(config, world), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
-    report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations)
-    for number in range(1, iterations + 1):
+    saver = Saver(config, world, report, {"policy": run.policy, "critic": run.critic}, {**data.cursors, "kl": run.kl})
+    report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
+    for number in range(saver.done + 1, iterations + 1):
         before = run.validate() if number == 1 and every else {}
-        metrics = run.iteration(number)
+        metrics, found = run.iteration(number), {}
         if number == iterations or (every and number % every == 0):
-            before = run.validate()
-        report.log(number, metrics | before)
+            found = run.validate()
+        report.log(number, metrics | before | found)
+        saver.after(number, found.get("validation/scores"))
     save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
     run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 class Report(Protocol):
     """Called on every rank; only rank 0's goes anywhere."""
 
-    def start(self, lines: Sequence[str], total: int) -> None:
-        """Say what is about to happen, and how many steps it takes."""
+    def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
+        """Say what is about to happen, and how many steps it takes, `done` of which were taken before a resume."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one finished step."""

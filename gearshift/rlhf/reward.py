@@ -18,6 +18,7 @@ from gearshift.rlhf.data.batches import ComparisonBatch, collate_comparisons
 from gearshift.rlhf.data.encoding import Comparison, Demonstration
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.resuming import Saver
 from gearshift.rlhf.settings import RewardConfig
 from gearshift.rlhf.setup import dtype_of, encoder_of, load_rows, schedule_of, tokenizer_of, training_of
 from gearshift.rlhf.supervised import evaluate, fit
@@ -82,9 +83,10 @@ def reward(config: RewardConfig, report: Report) -> None:
     def validate() -> dict[str, float]:
         return measure(model, held_out) if held_out else {}
 
-    report.start([f"model        {model.parameters_total:,} parameters"], steps)
+    saver = Saver(config, world, report, {"model": model}, {"rows": sampler})
+    report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
     batches = comparison_batches(rows, sampler, world)
-    fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every)
+    fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every, saver)
     if demonstrations:
         model.bias = mean_demonstration_reward(model, demonstrations)
         report.say(f"reward bias {model.bias:+.4f}: the demonstrations' mean reward is now 0")

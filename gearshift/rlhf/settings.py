@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from gearshift.engine.checkpoints.settings import CheckpointSettings, PpoCheckpointSettings
 from gearshift.engine.settings import (
     DeepSpeedConfig,
     Dtype,
@@ -260,6 +261,7 @@ class PretrainConfig(Config):
     policy: PolicySettings
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
 
 
@@ -284,6 +286,7 @@ class PpoConfig(Config):
     ppo: PpoSettings = PpoSettings()
     ptx: PtxSettings = PtxSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: PpoCheckpointSettings = PpoCheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gearshift.engine import Rows
 from gearshift.engine.zero import LossFunction, ZeroModel
 from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.resuming import Saver
 
 Validate = Callable[[], dict[str, float]]
 
@@ -23,14 +24,15 @@ def fit(
     report: Report,
     validate: Validate,
     validate_every: int = 0,
+    saver: Saver | None = None,
 ) -> dict[str, float]:
     """`steps` optimizer steps of one batch each; returns the last validation's metrics.
 
     `batches` yields this rank's rows of each global batch. `validate` runs every `validate_every` steps (0: only at
-    the end) and always after the last.
+    the end) and always after the last. With `saver` the run goes on from where that is, and is saved as it goes.
     """
     found: dict[str, float] = {}
-    for step in range(1, steps + 1):
+    for step in range(saver.done + 1 if saver else 1, steps + 1):
         start = time.perf_counter()
         rate = model.learning_rate
         sums = model.accumulate(loss, next(batches))
@@ -43,10 +45,13 @@ def fit(
             "timing/step": seconds,
             "throughput/tokens_per_second": float(sums["tokens"]) / seconds,
         }
-        if step == steps or (validate_every and step % validate_every == 0):
+        validated = step == steps or bool(validate_every and step % validate_every == 0)
+        if validated:
             found = validate()
             metrics.update(found)
         report.log(step, metrics)
+        if saver:
+            saver.after(step, -found["loss/validation"] if validated and found else None)
     return found
 
 

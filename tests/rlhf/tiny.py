@@ -25,14 +25,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.done = 0
         self.metrics: list[dict[str, float]] = []
         self.rows: list[dict[str, Any]] = []
 
-    def start(self, lines: Sequence[str], total: int) -> None:
+    def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
         self.lines += lines
+        self.done = done
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        assert step == len(self.metrics) + 1
+        assert step == self.done + len(self.metrics) + 1
         self.metrics.append(dict(metrics))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -40,6 +40,13 @@ class Sampler:
         self.position += self.batch_size
         return Draw([self._row(draw) for draw in draws], draws)
 
+    def state(self) -> int:
+        """What a checkpoint holds of it."""
+        return self.position
+
+    def set_state(self, state: int) -> None:
+        self.position = state
+
     def steps(self, epochs: float) -> int:
         """Batches until every row was drawn `epochs` times; the last is filled up from the epoch after."""
         return -(-round(epochs * self.rows) // self.batch_size)

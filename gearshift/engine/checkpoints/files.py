@@ -1,0 +1,124 @@
+"""What is done to the files of a checkpoint. Each operation is told to a hook first, so that tests can stop there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# Called as hook("write", path) before the operation happens; operations: folder, create, write, flush, rename, remove.
+Hook = Callable[[str, Path], None]
+hook: Hook | None = None
+
+BUFFER_BYTES = 4 << 20
+
+
+def _before(operation: str, path: Path) -> None:
+    if hook is not None:
+        hook(operation, path)
+
+
+def make_folder(path: Path) -> None:
+    _before("folder", path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def rename(path: Path, to: Path) -> None:
+    """Atomic; an existing file at `to` is replaced. Lasts once the folder is flushed."""
+    _before("rename", path)
+    os.replace(path, to)
+
+
+def flush_folder(path: Path) -> None:
+    """What was created, renamed or removed in this folder survives a power cut from here on."""
+    _before("flush", path)
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        for inner in sorted(path.iterdir()):
+            remove(inner)
+        _before("remove", path)
+        path.rmdir()
+    elif path.exists() or path.is_symlink():
+        _before("remove", path)
+        path.unlink()
+
+
+class DigestFile(io.RawIOBase):
+    """A new file that counts and digests what is written to it, and is flushed to the disk when it is closed."""
+
+    def __init__(self, path: Path):
+        _before("create", path)
+        self.path, self.size = path, 0
+        self._digest = hashlib.sha256()
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        _before("write", self.path)
+        written = self._file.write(data)
+        self._digest.update(memoryview(data)[:written])
+        self.size += written
+        return written
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            _before("flush", self.path)
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            super().close()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of this file."""
+        return {"size": self.size, "sha256": self._digest.hexdigest()}
+
+
+def write(path: Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+    """`fill(file)` writes a new file front to back; it is on the disk when this returns its manifest entry."""
+    raw = DigestFile(path)
+    buffered = io.BufferedWriter(raw, BUFFER_BYTES)
+    try:
+        fill(buffered)
+        buffered.flush()
+        raw.close()
+    except BaseException:
+        # A buffer that could not be written is tried again when it is closed: the first error is the one to tell.
+        with suppress(OSError):
+            buffered.close()
+        raise
+    return raw.entry
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    return write(path, lambda file: file.write(text.encode()))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The file holds the old text or the new, whenever the machine stops."""
+    aside = path.with_name(f".{path.name}.writing")
+    write_text(aside, text)
+    rename(aside, path)
+    flush_folder(path.parent)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,112 @@
+"""DeepSpeed's way to its files: written through `files`, read without running anything that they hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch import Tensor
+
+from gearshift.engine.checkpoints import files
+from gearshift.errors import UserError, one_line
+
+# All that ZeRO-3's files hold besides what torch's weights-only reader knows: plain data, no code.
+ALLOWED = [LossScaler, ZeroStageEnum]
+
+
+class Shards(CheckpointEngine):
+    """A `CheckpointEngine` that notes what it wrote below `root`.
+
+    An error of the disk is kept in `error`, not raised: DeepSpeed's ranks would wait for each other. What comes after
+    it is only counted: `bytes_needed` is what all files of this rank would have taken.
+    """
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+        self.written: dict[str, dict[str, Any]] = {}
+        self.bytes_needed = 0
+        self.error: str | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing: the writer makes the folder."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: the writer makes the folder, on one rank."""
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing: the writer commits all models together."""
+        return True
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.bytes_needed += _bytes_of(state_dict)
+        if self.error:
+            return
+        try:
+            entry = files.write(Path(path), lambda file: torch.save(state_dict, file))
+        except (OSError, RuntimeError) as error:  # torch wraps what a file raises
+            self.error = f"{path}: cannot be written: {_cause(error)}"
+            return
+        self.written[str(Path(path).relative_to(self.root))] = entry
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load(Path(path))
+
+    @contextmanager
+    def serving(self, engine: Any) -> Iterator[None]:
+        """DeepSpeed's `engine` reads and writes through this in here.
+
+        Its two recovery scripts, which unpickle anything, are left out: `gearshift export` is there instead.
+        """
+        before, engine.checkpoint_engine = engine.checkpoint_engine, self
+        engine._copy_recovery_script = lambda path: None
+        try:
+            yield
+        finally:
+            engine.checkpoint_engine = before
+            del engine._copy_recovery_script
+
+
+def load(path: Path, mmap: bool = False) -> Any:
+    """What a file of tensors and plain values holds, on the CPU. Raises UserError naming the file for anything else."""
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a crafted file provokes
+        found = re.search(r"(?:GLOBAL|class|global|function) [`']?([\w.]+)", str(error))
+        what = f"it names {found[1]}" if found else one_line(error, 120)
+        raise UserError(f"{path}: refused, nothing of it was run: {what}") from None
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of the tensors in a nested state; a storage that several share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(value)}
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _cause(error: BaseException) -> str:
+    """The disk's own words, which torch's writer may have wrapped."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return one_line(error, 120)

@@ -1,0 +1,172 @@
+"""A step of a run, put together by all ranks: every file aside, then one rename, then the pointer; and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from gearshift.engine.checkpoints import files, reading, retention
+from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name
+from gearshift.engine.checkpoints.random_states import random_states, set_random_states
+from gearshift.engine.checkpoints.shards import Shards, load
+from gearshift.engine.distributed import World
+from gearshift.errors import UserError
+
+
+class Saved(Protocol):
+    """A model whose shards go into a checkpoint (`ZeroModel`)."""
+
+    def save_shards(self, shards: Shards, name: str) -> None:
+        """Write this rank's files into the folder `name` below `shards.root`. Collective."""
+
+    def load_shards(self, shards: Shards, name: str) -> None:
+        """Read them back. Collective."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder that every rank sees. Every method is collective."""
+
+    def __init__(self, folder: Path, world: World, keep: int):
+        self.folder, self.world, self.keep = folder, world, keep
+
+    def save(self, manifest: Manifest, models: Mapping[str, Saved]) -> None:
+        """Writes the step that `manifest` (without files) describes.
+
+        Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
+        """
+        aside = self.folder / f".{folder_name(manifest.step)}.writing"
+        shards = Shards(aside)
+        shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
+        for name, model in models.items():
+            model.save_shards(shards, name)
+        shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
+        parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
+        error = next((error for *_, error in parts if error), None)
+        if error is None:
+            written = {name: entry for entries, *_ in parts for name, entry in entries.items()}
+            error = self._agreed(self._commit(aside, dataclasses.replace(manifest, files=written)))
+        if error is not None:
+            self._fail(aside, error, sum(needed for _, needed, _ in parts))
+
+    def newest(self, refuse_damaged: bool) -> tuple[Path, list[str]]:
+        """`reading.newest`, every rank reading a part of the files."""
+        return reading.newest(self.folder, self.problems, refuse_damaged)
+
+    def problems(self, step: Path) -> list[str]:
+        """What is wrong with a step's folder, by file name."""
+        found = self._gathered(reading.step_problems(step, self.world.rank, self.world.size))
+        return list(dict.fromkeys(problem for own in found for problem in own))
+
+    def load(self, step: Path, models: Mapping[str, Saved]) -> None:
+        """The tensors of a whole step. Every file is looked through before the first weight changes."""
+        names = sorted(name for name in Manifest.read(step).files if name.endswith(".pt"))
+        error = self._agreed(_refused([step / name for name in names[self.world.rank :: self.world.size]]))
+        if error:
+            raise UserError(error)
+        for name, model in models.items():
+            model.load_shards(Shards(step), name)
+        set_random_states(load(step / "ranks" / f"rank-{self.world.rank:05d}.pt"))
+
+    def go_on_from(self, step: Path) -> None:
+        """From now on `step` is the newest one."""
+        error = None
+        if self.world.is_main and step.parent.resolve() == self.folder.resolve():
+            error = _told(lambda: retention.set_aside(self.folder, step))
+        if error := self._agreed(error):
+            raise UserError(error)
+
+    def _prepare(self, aside: Path, names: list[str]) -> str | None:
+        """Rank 0 makes the folders, so that no rank finds one missing."""
+        if not self.world.is_main:
+            return None
+
+        def make() -> None:
+            files.make_folder(self.folder)
+            files.remove(aside)
+            for name in names:
+                files.make_folder(aside / name)
+
+        return _told(make)
+
+    def _commit(self, aside: Path, manifest: Manifest) -> str | None:
+        if not self.world.is_main:
+            return None
+        step = self.folder / folder_name(manifest.step)
+
+        def commit() -> None:
+            files.write_text(aside / NAME, manifest.text())
+            for folder in [*sorted({(aside / name).parent for name in manifest.files}), aside]:
+                files.flush_folder(folder)
+            if step.exists():  # the same step once more, after a resume from before it
+                files.remove(old := self.folder / f".{step.name}.old")
+                files.rename(step, old)
+            files.rename(aside, step)
+            files.flush_folder(self.folder)
+            files.replace_text(self.folder / reading.POINTER, step.name + "\n")
+            retention.purge(self.folder, self.keep)
+
+        return _told(commit)
+
+    def _fail(self, aside: Path, error: str, needed: int) -> None:
+        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        if self.world.is_main:
+            _told(lambda: files.remove(aside))  # the room is needed, whatever the disk says to this too
+        raise UserError(
+            f"{error}; a checkpoint takes about {needed:,} bytes in {self.folder}, {free:,} were free; "
+            "the checkpoints before it are untouched"
+        )
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """One value of each rank."""
+        if self.world.size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world.size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def _agreed(self, error: str | None) -> str | None:
+        """The first rank's error, on every rank."""
+        return next((told for told in self._gathered(error) if told), None)
+
+
+def _told(work: Any) -> str | None:
+    """What the disk says against `work()`, or None."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.filename}: cannot be written: {error.strerror}"
+    return None
+
+
+def _refused(paths: list[Path]) -> str | None:
+    """The first file that holds more than tensors and plain values. Tensors are not read, only looked for."""
+    for path in paths:
+        try:
+            load(path, mmap=True)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of what wrote a checkpoint."""
+    import platform
+
+    import deepspeed
+    import transformers
+
+    from gearshift import __version__
+
+    return {
+        "gearshift": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }

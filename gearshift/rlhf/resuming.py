@@ -1,0 +1,92 @@
+"""Saving a run as it goes, and going on from where it was: what a checkpoint holds besides DeepSpeed's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gearshift.engine import World
+from gearshift.engine.checkpoints.manifest import Manifest
+from gearshift.engine.checkpoints.settings import FOLDER
+from gearshift.engine.checkpoints.writing import Checkpoints, Saved, versions
+from gearshift.errors import UserError
+from gearshift.rlhf.differences import command_of, require_same_run, what_differs
+from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.settings import PpoConfig, PretrainConfig
+
+
+class Stateful(Protocol):
+    """A part of a run that is no tensor: a data cursor, a controller. Its state is JSON, the same on every rank."""
+
+    def state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class Saver:
+    """Saves a run every `checkpoint.every` steps; with `checkpoint.resume` it is brought back here, at once.
+
+    `models`: what trains, by name; `parts`: the rest that a step changes. `done`: steps that the run has behind it.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig | PpoConfig,
+        world: World,
+        report: Report,
+        models: Mapping[str, Saved],
+        parts: Mapping[str, Stateful],
+    ):
+        self.config, self.world, self.report = config, world, report
+        self.models, self.parts = models, parts
+        self.checkpoints = Checkpoints(Path(config.run.folder) / FOLDER, world, config.checkpoint.keep)
+        self.done = self._resume() if config.checkpoint.resumes else 0
+
+    def after(self, step: int, score: float | None = None) -> None:
+        """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective."""
+        every = self.config.checkpoint.every
+        if every and step % every == 0:
+            self.save(step, score)
+
+    def save(self, step: int, score: float | None = None) -> None:
+        """One checkpoint now. Collective. Raises UserError, on every rank, when the disk refuses."""
+        manifest = Manifest(
+            command=command_of(self.config),
+            step=step,
+            world_size=self.world.size,
+            tp_size=self.config.rollout.tp_size if isinstance(self.config, PpoConfig) else 1,
+            config=self.config.model_dump(mode="json"),
+            state={name: part.state() for name, part in self.parts.items()},
+            versions=versions(),
+            score=score,
+        )
+        self.checkpoints.save(manifest, self.models)
+
+    def _resume(self) -> int:
+        step = self._chosen()
+        manifest = Manifest.read(step)
+        require_same_run(manifest, self.config, self.world.size)
+        self.report.say(f"resume       {step}: {manifest.step} steps done")
+        for line in what_differs(manifest, self.config, versions()):
+            self.report.say(f"resume       {line}")
+        self.checkpoints.load(step, self.models)
+        for name, part in self.parts.items():
+            if name in manifest.state:
+                part.set_state(manifest.state[name])
+        self.checkpoints.go_on_from(step)
+        return manifest.step
+
+    def _chosen(self) -> Path:
+        """The step's folder; what is damaged is reported by file name."""
+        settings = self.config.checkpoint
+        if settings.resume == "auto":
+            step, wrong = self.checkpoints.newest(refuse_damaged=settings.damaged == "refuse")
+            for problem in wrong:
+                self.report.say(f"resume       {problem}")
+            return step
+        step = Path(str(settings.resume))
+        wrong = self.checkpoints.problems(step)
+        if wrong:
+            raise UserError(wrong[0])
+        return step

@@ -1,0 +1,190 @@
+"""PPO that goes on from a checkpoint does what it would have done: every token, log-prob, reward, loss and weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.engine import Episodes, World
+from gearshift.engine.checkpoints.manifest import Manifest
+from gearshift.engine.checkpoints.reading import steps
+from gearshift.errors import SettingError
+from gearshift.launch.config import validate
+from gearshift.rlhf.differences import require_same_run, what_differs
+from gearshift.rlhf.ppo import Ppo, ppo
+from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
+from tests.worker_group import WorkerGroup
+
+BATCH, ITERATIONS, SAVED = 8, 4, 2
+TIMED = ("timing/", "throughput/", "rollout/shift_bytes")
+
+
+def ppo_values(folder: Path) -> dict[str, Any]:
+    """PPO-ptx with an adaptive KL coefficient, saved every second iteration; data and models in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_jsonl(folder / "text.jsonl", text_rows(12))
+    return {
+        "run": {"folder": str(folder / "run"), "seed": 3},
+        "policy": {"init": str(save_policy(folder / "policy"))},
+        "reward": {"init": str(save_reward_model(folder / "reward"))},
+        "critic": {"learning_rate": 2e-3},
+        "data": {
+            "train": write_jsonl(folder / "prompts.jsonl", prompt_rows(20)),
+            "validation": write_jsonl(folder / "held.jsonl", prompt_rows(24)[20:]),
+            "max_prompt_tokens": 40,
+        },
+        "rollout": {"tp_size": 2, "max_new_tokens": 6},
+        "ppo": {
+            "episodes": ITERATIONS * BATCH,
+            "batch_size": BATCH,
+            "minibatches": 2,
+            "epochs": 2,
+            "micro_batch_size": 3,
+            "warmup_iterations": 3,
+            "validate_every": 2,
+            "samples_every": 1,
+            "kl": {"coef": 0.1, "target": 0.05, "horizon": 40},
+        },
+        "ptx": {"coef": 3.5, "data": [text], "validation": [text], "examples_per_episode": 1, "max_tokens": 12},
+        "optimizer": {"learning_rate": 1e-3},
+        "checkpoint": {"every": SAVED},
+        "tracking": {"samples": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ppo_values(tmp_path_factory.mktemp("ppo"))
+
+
+def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    return {**values, **{name: {**values.get(name, {}), **fields} for name, fields in sections.items()}}
+
+
+def run_ppo(world: World, values: dict[str, Any]) -> tuple[Recorder, list[dict[str, torch.Tensor]]]:
+    """What the run told, and all tensors of every iteration's episodes."""
+    config: Any = validate("ppo", values)
+    report, seen = Recorder(), []
+    check = Ppo.check_finite
+
+    def keep(self: Ppo, episodes: Episodes, number: int) -> None:
+        seen.append({f.name: getattr(episodes, f.name) for f in dataclasses.fields(episodes)})
+        check(self, episodes, number)
+
+    Ppo.check_finite = keep  # type: ignore[method-assign]
+    try:
+        ppo(config, report)
+    finally:
+        Ppo.check_finite = check  # type: ignore[method-assign]
+    return report, seen
+
+
+def without_clocks(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in metrics]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(two_ranks: WorkerGroup, values: dict[str, Any]) -> list[tuple[Recorder, list[dict[str, torch.Tensor]]]]:
+    """The run that nothing interrupts."""
+    return two_ranks.run(run_ppo, values, timeout=200)
+
+
+@pytest.mark.parametrize("at", [SAVED, ITERATIONS])
+def test_a_resumed_run_is_the_same_run(
+    two_ranks: WorkerGroup, values: dict[str, Any], whole: Any, tmp_path: Path, at: int
+) -> None:
+    """From the second iteration; and from the last, where only the models are left to be written."""
+    before = Path(values["run"]["folder"])
+    step = before / f"checkpoints/step-{at:08d}"
+    again = changed(values, run={"folder": str(tmp_path / "run")}, checkpoint={"resume": str(step)})
+    for (report, seen), (expected, all_seen) in zip(two_ranks.run(run_ppo, again, timeout=200), whole, strict=True):
+        assert report.done == at
+        assert without_clocks(report.metrics) == without_clocks(expected.metrics[at:])
+        assert len(seen) == ITERATIONS - at
+        for one, other in zip(seen, all_seen[at:], strict=True):
+            assert [name for name in one if not torch.equal(one[name], other[name])] == []
+        assert report.rows == [row for row in expected.rows if row["step"] > at]
+    assert sorted(weights(tmp_path / "run")) == ["critic/model.safetensors", "model/model.safetensors"]
+    assert weights(tmp_path / "run") == weights(before)
+    coefs = [row["objective/kl_coef"] for row in whole[0][0].metrics]
+    assert len(set(coefs)) == ITERATIONS  # the controller moved, so that its state counts
+
+
+def test_what_a_manifest_says(values: dict[str, Any], whole: Any) -> None:
+    folder = Path(values["run"]["folder"]) / "checkpoints"
+    assert steps(folder) == [SAVED, ITERATIONS]
+    manifest = Manifest.read(folder / f"step-{SAVED:08d}")
+    metrics = whole[0][0].metrics
+    assert manifest.state == {
+        "prompts": SAVED * BATCH,
+        "pretraining": SAVED * BATCH * 2,
+        "kl": metrics[SAVED]["objective/kl_coef"],
+    }
+    assert manifest.score == metrics[SAVED - 1]["validation/scores"]
+    assert (manifest.world_size, manifest.tp_size) == (2, 2)
+    config: Any = validate("ppo", values)
+    assert manifest.config == config.model_dump(mode="json")
+    require_same_run(manifest, config, 2)
+    assert list(what_differs(manifest, config, manifest.versions)) == []
+
+
+def a_manifest(values: dict[str, Any]) -> Manifest:
+    config: Any = validate("ppo", values)
+    return Manifest("ppo", 2, 2, 2, config.model_dump(mode="json"), {}, {"torch": "2.13"})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("run", "seed", 4),
+        ("policy", "init", "other"),
+        ("data", "train", ["other.jsonl"]),
+        ("data", "prompt_template", "{prompt}!"),
+        ("ppo", "batch_size", 16),
+        ("ppo", "minibatches", 4),
+        ("ptx", "max_tokens", 11),
+        ("optimizer", "name", "sgd"),
+    ],
+)
+def test_a_change_of_meaning_is_refused(values: dict[str, Any], section: str, name: str, value: Any) -> None:
+    config: Any = validate("ppo", changed(values, **{section: {name: value}}))
+    with pytest.raises(SettingError, match=rf"^{section}\.{name}: .*, but the checkpoint was made with"):
+        require_same_run(a_manifest(values), config, 2)
+
+
+def test_other_changes_are_listed_field_by_field(values: dict[str, Any]) -> None:
+    more = changed(
+        values,
+        run={"folder": "elsewhere"},
+        ppo={"episodes": 80, "micro_batch_size": 4},
+        data={"validation": []},
+        rollout={"tp_size": 1},
+        checkpoint={"every": 1, "resume": "auto"},
+    )
+    config: Any = validate("ppo", more)
+    require_same_run(a_manifest(values), config, 2)
+    held_out = values["data"]["validation"]
+    assert list(what_differs(a_manifest(values), config, {"torch": "2.14"})) == [
+        f"data.validation: was {[held_out]}, is []",
+        "ppo.episodes: was 32, is 80",
+        "ppo.micro_batch_size: was 3, is 4",
+        "rollout.tp_size: was 2, is 1",
+        "torch 2.14, was 2.13: other versions may round differently",
+    ]
+
+
+def test_another_command_or_rank_count_is_refused(values: dict[str, Any]) -> None:
+    config: Any = validate("ppo", values)
+    with pytest.raises(SettingError, match=r"run\.ranks: 4, but the checkpoint is of 2 ranks"):
+        require_same_run(a_manifest(values), config, 4)
+    sft = dataclasses.replace(a_manifest(values), command="sft")
+    with pytest.raises(SettingError, match=r"of gearshift sft, not of gearshift ppo"):
+        require_same_run(sft, config, 2)

@@ -1,0 +1,75 @@
+"""Pretraining, SFT and reward models that go on from a checkpoint end as they would have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gearshift.engine import World
+from gearshift.engine.checkpoints.manifest import Manifest
+from gearshift.launch.config import validate
+from gearshift.rlhf.language import pretrain, sft
+from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.reward import reward
+from tests.rlhf.test_language import MODEL
+from tests.rlhf.test_resuming import changed, weights, without_clocks
+from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, save_policy, text_rows, write_jsonl
+from tests.worker_group import WorkerGroup
+
+STAGES: dict[str, Callable[[Any, Report], None]] = {"pretrain": pretrain, "sft": sft, "reward": reward}
+SAVED = 2
+
+
+def run_stage(world: World, command: str, values: dict[str, Any]) -> Recorder:
+    report = Recorder()
+    STAGES[command](validate(command, values), report)
+    return report
+
+
+def stage_values(command: str, folder: Path) -> dict[str, Any]:
+    text = write_jsonl(folder / "text.jsonl", text_rows(12))
+    answers = [{"prompt": text[:9], "completion": text[9:]} for text in SENTENCES]
+    pairs = [{"prompt": a["prompt"], "chosen": a["completion"], "rejected": a["completion"][::-1]} for a in answers]
+    values: dict[str, Any] = {
+        "run": {"folder": str(folder / "run"), "seed": 2},
+        "train": {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "validate_every": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "checkpoint": {"every": SAVED, "keep": 9},
+    }
+    if command == "pretrain":
+        data = {"train": [text], "validation": [text], "max_tokens": 24}
+        return values | {
+            "policy": {"init": "config", "config": MODEL},
+            "data": {**data, "tokenizer": "train", "vocab_size": VOCABULARY},
+        }
+    policy = {"init": str(save_policy(folder / "policy"))}
+    if command == "sft":
+        rows = write_jsonl(folder / "answers.jsonl", answers)
+        mixed = {"pretraining_fraction": 0.25, "pretraining": [text]}
+        data = {"train": [rows], "validation": [rows], "max_tokens": 48}
+        return changed(values | {"policy": policy, "data": data}, train=mixed)
+    rows = write_jsonl(folder / "pairs.jsonl", pairs)
+    demonstrations = write_jsonl(folder / "answers.jsonl", answers)
+    data = {"train": [rows], "validation": [rows], "max_tokens": 48, "demonstrations": [demonstrations]}
+    return values | {"policy": policy, "data": data}
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_a_resumed_stage_is_the_same_stage(two_ranks: WorkerGroup, tmp_path: Path, command: str) -> None:
+    (tmp_path / "data").mkdir()
+    values = stage_values(command, tmp_path / "data")
+    whole = two_ranks.run(run_stage, command, values)[0]
+    assert len(whole.metrics) > SAVED
+    step = tmp_path / f"data/run/checkpoints/step-{SAVED:08d}"
+    again = changed(values, run={"folder": str(tmp_path / "again")}, checkpoint={"resume": str(step), "every": 0})
+    for report in two_ranks.run(run_stage, command, again):
+        assert report.done == SAVED
+        assert without_clocks(report.metrics) == without_clocks(whole.metrics[SAVED:])
+    assert weights(tmp_path / "again") == weights(tmp_path / "data/run") != {}
+    assert not (tmp_path / "again/checkpoints").exists()
+    manifest = Manifest.read(step)
+    assert manifest.state["rows"] == SAVED * (3 if command == "sft" else 4)
+    assert manifest.score == -whole.metrics[SAVED - 1]["loss/validation"]
