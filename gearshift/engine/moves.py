@@ -155,11 +155,14 @@ def merged(moves: Iterable[Move]) -> list[Move]:
 
 
 def progressions(points: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """The points, in order, as arithmetic progressions: index of the first, how many, and their distance."""
+    """The points, in order, as arithmetic progressions: index of the first, how many, and their distance.
+
+    None of them goes backwards, which strides cannot.
+    """
     first = 0
     while first < len(points):
         last, step = first, (0,) * len(points[first])
-        if first + 1 < len(points):
+        if first + 1 < len(points) and min(_distance(points[first], points[first + 1])) >= 0:
             step = _distance(points[first], points[first + 1])
             while last + 1 < len(points) and _distance(points[last], points[last + 1]) == step:
                 last += 1

@@ -6,8 +6,6 @@ optimizers are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 class OptimizerState:
     """The fp32 master weights and the moments of a DeepSpeed ZeRO-3 optimizer on this rank.
 
-    Host memory for them is taken once, page-locked where there is a GPU, and kept. (On a CPU nothing is gained: one
-    copy in the same memory takes the place of another.)
+    Host memory for them is taken once, page-locked where there is a GPU, and kept. (On a CPU nothing is gained: it is
+    the same memory.)
     """
 
     def __init__(self, optimizer: Any, device: torch.device):
@@ -26,16 +24,8 @@ class OptimizerState:
         self._hosts: dict[int, Tensor] = {}
         self._aside: list[tuple[Tensor, Tensor]] = []
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """They lie in host memory within this context, and on the device after it, whatever happened in it."""
-        self.leave()
-        try:
-            yield
-        finally:
-            self.come_back()
-
     def leave(self) -> None:
+        """To the host. Until `come_back`, no step may be taken."""
         pairs = [(tensor, self._host(tensor)) for tensor in self._tensors()]
         for tensor, host in pairs:
             host.copy_(tensor.data, non_blocking=True)
@@ -47,7 +37,8 @@ class OptimizerState:
 
     def come_back(self) -> None:
         for tensor, host in self._aside:
-            tensor.data = host.to(self._device, non_blocking=True)
+            tensor.data = torch.empty_like(host, device=self._device, pin_memory=False)
+            tensor.data.copy_(host, non_blocking=True)
         self._synchronize()
         self._aside = []
 

@@ -1,6 +1,7 @@
 """The plan of a shift, played on index tensors for all ranks at once: no processes, any shapes and splits."""
 
 import math
+import time
 import tracemalloc
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_a_rank_receives_only_what_it_lacks(case: tuple[ReshardPlan, int]) -> No
     """The traffic is what the pieces add up to, and that is what each rank needs and does not hold: by brute force."""
     plan, _ = case
     traffic, ranks = plan.traffic(), range(plan.placement.ranks)
-    sent = dict.fromkeys(ranks, 0)
+    sent, sent_elsewhere = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
     for rank in ranks:
         needed = lacking = elsewhere = 0
         for name in plan.shapes:
@@ -124,11 +125,14 @@ def test_a_rank_receives_only_what_it_lacks(case: tuple[ReshardPlan, int]) -> No
                             for p in plan.pieces(i, other, rank))  # fmt: skip
                 assert moved == len(wanted & set(shards[other].tolist()))
                 sent[other] += moved if other != rank else 0
-                elsewhere += moved if plan.placement.host(other) != plan.placement.host(rank) else 0
+                if plan.placement.host(other) != plan.placement.host(rank):
+                    elsewhere += moved
+                    sent_elsewhere[other] += moved
         assert traffic.needed[rank] == needed
         assert traffic.received[rank] == lacking
         assert traffic.received_between_hosts[rank] == elsewhere
     assert traffic.sent.tolist() == list(sent.values())
+    assert traffic.sent_between_hosts.tolist() == list(sent_elsewhere.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -170,6 +174,19 @@ def test_bytes_of_a_layer_are_the_formula() -> None:
     assert plan.traffic().received.tolist() == [moved] * 4
 
 
+@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (2, 2), (4, 2), (8, 2), (8, 4), (16, 4)])
+def test_bytes_of_replicas_on_one_host_are_the_formula(ranks: int, tp_size: int) -> None:
+    """ENGINE's: columns (1/t − 1/N), rows (1/t)(1 − 1/N), whole tensors 1 − 1/N, with tp_rank = r·t // N."""
+    size, n, t = 32, ranks, tp_size
+    shapes: dict[str, tuple[int, ...]] = {"column": (size, size), "row": (size, size), "whole": (size, size)}
+    splits = {"column": Split(0, uneven_ranges(size, t)), "row": Split(1, uneven_ranges(size, t)), "whole": Split()}
+    traffic = ReshardPlan.build(shapes, splits, Placement(n, t, n)).traffic()
+    numel = size * size
+    expected = numel * (n - t) // (n * t) + numel * (n - 1) // (n * t) + numel * (n - 1) // n
+    assert traffic.received.tolist() == [expected] * n
+    assert traffic.received_between_hosts.tolist() == [0] * n
+
+
 def test_the_order_of_ranks_on_one_host_moves_least() -> None:
     """4 ranks in two groups of 2: columns cost 1/t − 1/N of the matrix, as ENGINE's formula says for r·t // N.
 
@@ -207,6 +224,12 @@ def llama(hidden: int, intermediate: int, layers: int, kv_heads: int, tp_size: i
 def test_a_plan_for_a_large_model_is_small(size: tuple[int, int, int, int], ranks: int, billions: float) -> None:
     shapes, splits = llama(*size, tp_size=8)
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.1)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ReshardPlan.build(shapes, splits, Placement(ranks, 8, 8)).traffic()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) <= 0.5
     tracemalloc.start()
     plan = ReshardPlan.build(shapes, splits, Placement(ranks, 8, 8))
     traffic = plan.traffic()
@@ -217,6 +240,11 @@ def test_a_plan_for_a_large_model_is_small(size: tuple[int, int, int, int], rank
     # A rank needs an eighth of the splits, and has about an N-th of that; all but a host's share comes from others.
     assert traffic.received.mean() == pytest.approx(billions * 1e9 / 8, rel=0.02)
     assert traffic.received_between_hosts.mean() > 0.8 * traffic.received.mean()
+    # Four buffers of a bucket each, and nearly full: every rank has something to send in every exchange.
+    peaks = [plan.peak(rank) for rank in range(ranks)]
+    assert max(peaks) <= 4 * (16 << 20)
+    assert min(peaks) > 3 * (16 << 20)
+    assert len(plan.buckets) < 1.5 * traffic.received.mean() / (16 << 20)
 
 
 @pytest.mark.parametrize(("ranks", "tp_size", "per_host"), [(8, 2, 8), (8, 4, 4), (8, 8, 4), (4, 1, 4)])
