@@ -22,6 +22,7 @@ from gearshift.engine import (
     World,
     init_distributed,
 )
+from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
@@ -31,7 +32,7 @@ from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
-from gearshift.rlhf.resuming import Saver
+from gearshift.rlhf.resuming import Saver, Stateful
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
@@ -330,7 +331,9 @@ def ppo(config: PpoConfig, report: Report) -> None:
     data = PpoData.load(config, world, report)
     run = Ppo(config, world, load_models(config, world), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
-    saver = Saver(config, world, report, {"policy": run.policy, "critic": run.critic}, {**data.cursors, "kl": run.kl})
+    trained: dict[str, ZeroModel] = {"policy": run.policy, "critic": run.critic}
+    parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl}
+    saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
     for number in range(saver.done + 1, iterations + 1):
         before = run.validate() if number == 1 and every else {}

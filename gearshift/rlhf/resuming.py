@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from gearshift.engine import World
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.settings import FOLDER
-from gearshift.engine.checkpoints.writing import Checkpoints, Saved, versions
+from gearshift.engine.checkpoints.writing import Checkpoints, versions
+from gearshift.engine.saving import small_files
+from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.rlhf.differences import command_of, require_same_run, what_differs
 from gearshift.rlhf.reporting import Report
@@ -35,11 +37,13 @@ class Saver:
         config: PretrainConfig | PpoConfig,
         world: World,
         report: Report,
-        models: Mapping[str, Saved],
+        models: Mapping[str, ZeroModel],
         parts: Mapping[str, Stateful],
+        tokenizer: Any,
     ):
         self.config, self.world, self.report = config, world, report
-        self.models, self.parts = models, parts
+        self.models, self.parts, self.tokenizer = models, parts, tokenizer
+        self._small_files: dict[str, bytes] = {}
         self.checkpoints = Checkpoints(Path(config.run.folder) / FOLDER, world, config.checkpoint.keep)
         self.done = self._resume() if config.checkpoint.resumes else 0
 
@@ -61,7 +65,13 @@ class Saver:
             versions=versions(),
             score=score,
         )
-        self.checkpoints.save(manifest, self.models)
+        if self.world.is_main and not self._small_files:
+            self._small_files = {
+                f"{name}/{file}": content
+                for name, model in self.models.items()
+                for file, content in small_files(model.module, self.tokenizer).items()
+            }
+        self.checkpoints.save(manifest, self.models, self._small_files)
 
     def _resume(self) -> int:
         step = self._chosen()

@@ -90,7 +90,7 @@ class DigestFile(io.RawIOBase):
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
 
-def write(path: Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+def write(path: Path, fill: Callable[[Any], Any]) -> dict[str, Any]:
     """`fill(file)` writes a new file front to back; it is on the disk when this returns its manifest entry."""
     raw = DigestFile(path)
     buffered = io.BufferedWriter(raw, BUFFER_BYTES)

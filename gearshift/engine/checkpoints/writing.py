@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +36,10 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep: int):
         self.folder, self.world, self.keep = folder, world, keep
 
-    def save(self, manifest: Manifest, models: Mapping[str, Saved]) -> None:
-        """Writes the step that `manifest` (without files) describes.
+    def save(
+        self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Writes the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
 
         Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
         """
@@ -45,6 +48,9 @@ class Checkpoints:
         shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
+        if self.world.is_main:
+            for path, content in (small_files or {}).items():
+                shards.write(aside / path, partial(_write_bytes, content), len(content))
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)
@@ -133,6 +139,10 @@ class Checkpoints:
     def _agreed(self, error: str | None) -> str | None:
         """The first rank's error, on every rank."""
         return next((told for told in self._gathered(error) if told), None)
+
+
+def _write_bytes(content: bytes, file: Any) -> None:
+    file.write(content)
 
 
 def _told(work: Any) -> str | None:
