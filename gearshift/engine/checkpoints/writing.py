@@ -60,6 +60,12 @@ class Checkpoints:
         if error is not None:
             self._fail(aside, error, sum(needed for _, needed, _ in parts))
 
+    def clear(self) -> None:
+        """Removes every checkpoint: the run starts again."""
+        error = _told(lambda: files.remove(self.folder)) if self.world.is_main else None
+        if error := self._agreed(error):
+            raise UserError(error)
+
     def newest(self, refuse_damaged: bool) -> tuple[Path, list[str]]:
         """`reading.newest`, every rank reading a part of the files."""
         return reading.newest(self.folder, self.problems, refuse_damaged)
@@ -94,7 +100,8 @@ class Checkpoints:
 
         def make() -> None:
             files.make_folder(self.folder)
-            files.remove(aside)
+            for left in self.folder.glob(".step-*.writing"):  # of a save that was cut short
+                files.remove(left)
             for name in names:
                 files.make_folder(aside / name)
 
