@@ -1,11 +1,12 @@
 # make demo: install, and run the whole pipeline on a toy world. make test: install, and run every check.
+# make test-faults: what those leave out, for its length.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Named in the install command itself, so that nothing newer (and much larger) is ever chosen first.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo gsm8k test install format clean
+.PHONY: demo gsm8k test test-faults install format clean
 
 demo: install
 	$(BIN)/gearshift demo
@@ -25,6 +26,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --durations=15
+
+# Processes killed at every point of a save, full disks: what a checkpoint promises. Minutes.
+test-faults: install
+	$(BIN)/pytest tests/faults --durations=0
 
 install: $(VENV)/installed
 

@@ -17,6 +17,14 @@ class SettingError(UserError):
         self.field, self.problem = field, problem
 
 
+class NotFinite(UserError):
+    """A loss, score, value or gradient is NaN or infinite. Raised on every rank, before any weight changes."""
+
+
+class Paused(Exception):
+    """A signal asked the run to stop, and it was saved. Raised on every rank."""
+
+
 def one_line(error: BaseException, longest: int = 300) -> str:
     """What a library's exception says, for the end of a line of ours: its message, or its type when it has none."""
     text = " ".join(str(error).split())

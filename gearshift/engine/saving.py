@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,32 @@ def save_pretrained(
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    writer = _FileWriter(aside, max_file_bytes) if world.is_main else None
+    writer = FileWriter(aside, max_file_bytes) if world.is_main else None
     for name, tensor in gathered_parameters(model):
         if writer is not None:
-            for key, value in _names_on_disk(model, name, tensor).items():
+            for key, value in names_on_disk(model, name, tensor).items():
                 writer.add(key, value)
     if writer is not None:
         writer.close()
-        _config_to_save(model).save_pretrained(aside)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(aside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-        _replace(folder, aside)
+        _save_small_files(model, tokenizer, aside)
+        replace_folder(folder, aside)
     if world.size > 1:
         torch.distributed.barrier()
+
+
+def small_files(model: Any, tokenizer: Any = None) -> dict[str, bytes]:
+    """What a `save_pretrained` folder holds besides the weights: name -> content."""
+    with tempfile.TemporaryDirectory() as folder:
+        _save_small_files(model, tokenizer, Path(folder))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def _save_small_files(model: Any, tokenizer: Any, folder: Path) -> None:
+    _config_to_save(model).save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +113,7 @@ def _config_to_save(model: Any) -> Any:
     return config
 
 
-def _names_on_disk(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def names_on_disk(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The name that other loaders expect: `transformers`' renamings, undone."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -109,7 +121,7 @@ def _names_on_disk(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
     return reverted
 
 
-class _FileWriter:
+class FileWriter:
     """Collects tensors and writes a safetensors file each time the bound is reached; the index comes last."""
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -146,7 +158,7 @@ class _FileWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
 
 
-def _replace(folder: Path, aside: Path) -> None:
+def replace_folder(folder: Path, aside: Path) -> None:
     """Put the complete folder in place; the old one stays until then."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

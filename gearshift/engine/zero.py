@@ -20,7 +20,7 @@ from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.saving import save_pretrained
-from gearshift.errors import UserError
+from gearshift.errors import NotFinite, UserError
 from gearshift.kernels import Loss
 
 if TYPE_CHECKING:
@@ -147,8 +147,10 @@ class ZeroModel:
         """
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         sums: dict[str, Tensor] = {}
+        seen: list[tuple[Tensor, Rows]] = []
         for micro, real in self._micro_batches(batch):
             result = loss(self, micro, count.clamp(min=1.0).float())
+            seen.append((result.loss.detach(), micro))
             # ZeRO-3 averages over ranks: times the world size gives the sum. A repeated micro-batch (a rank with
             # fewer rows than others takes part in their collectives) adds nothing.
             self.engine.backward(result.loss * (weight * self.world.size * real))
@@ -157,7 +159,10 @@ class ZeroModel:
         summed = self._summed(sums)
         # The reduced loss is the same on every rank, so every rank stops, and before any weight has moved.
         if not torch.isfinite(summed["loss"]):
-            raise UserError(f"step {self.steps + 1}: the loss is {float(summed['loss'])}; no weight was changed")
+            where = self._not_finite(seen)
+            raise NotFinite(
+                f"the loss of step {self.steps + 1} is {float(summed['loss'])}{where}; no weight was changed"
+            )
         return summed
 
     @torch.no_grad()
@@ -179,8 +184,8 @@ class ZeroModel:
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
-            # DeepSpeed looks for overflow in fp16 only: the weights are lost, so nothing may be saved from here on.
-            raise UserError(f"step {self.steps}: the gradient norm is {norm}; lower the learning rate")
+            # DeepSpeed leaves out a step whose gradient norm is not finite, whatever the type of the weights.
+            raise NotFinite(f"the gradient norm of step {self.steps} is {norm}; no weight was changed")
         return norm
 
     @torch.no_grad()
@@ -219,6 +224,21 @@ class ZeroModel:
                 yield batch.select(slice(0, 1)).to(self.world.device), 0
             else:
                 raise ValueError("a rank without any row cannot take part in a ZeRO-3 forward")
+
+    def _not_finite(self, losses: list[tuple[Tensor, Rows]]) -> str:
+        """ " on rank 1 (prompts 3, 7)": where micro-batches had such a loss, and the prompts in them. Collective."""
+        bad = [rows for loss, rows in losses if not bool(loss.isfinite())]
+        ids = [int(i) for rows in bad for i in getattr(rows, "ids", torch.empty(0))]
+        found: list[Any] = [(bool(bad), ids)]
+        if self.world.size > 1:
+            found = [None] * self.world.size
+            torch.distributed.all_gather_object(found, (bool(bad), ids))
+        told = [
+            f"rank {rank}" + (f" (prompts {', '.join(map(str, ids))})" if ids else "")
+            for rank, (is_bad, ids) in enumerate(found)
+            if is_bad
+        ]
+        return f" on {', '.join(told)}" if told else ""
 
     def _summed(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         if not sums:

@@ -20,6 +20,8 @@ COMMANDS = {
     "reward": ("gearshift.launch.reward", "a reward model from ranked completions"),
     "ppo": ("gearshift.launch.ppo", "PPO, and PPO-ptx with ptx.coef above 0"),
     "compare": ("gearshift.launch.compare", "systems side by side: score, KL, length, loss on pretraining text"),
+    "verify": ("gearshift.launch.verify", "is a checkpoint whole, and nothing in it but tensors"),
+    "export": ("gearshift.launch.export", "a checkpoint as a folder that from_pretrained loads"),
     "report": ("gearshift.launch.report", "report.html and pictures of a run folder"),
 }
 

@@ -17,16 +17,17 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gearshift.errors import UserError
+from gearshift.errors import Paused, UserError
 from gearshift.launch.overrides import Arguments, parse_arguments
 
 # Seconds. DeepSpeed's launcher looks once a second for a process that failed, and then ends the others.
 LAUNCHER_POLL = 1.0
 USER_ERROR, CRASH = 2, 1
+PAUSED = 75  # EX_TEMPFAIL: a signal came, the run was saved, --resume auto goes on with it
 
 
 def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any], None]) -> int:
@@ -72,6 +73,8 @@ def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> i
     except UserError as error:
         # An error of all ranks is told by rank 0; the launcher ends the others before they come to it.
         _fail(f"gearshift {command}: {error}", USER_ERROR, wait=0 if rank == 0 else 3 * LAUNCHER_POLL)
+    except Paused as paused:
+        _fail(f"gearshift {command}: {paused}" if rank == 0 else "", PAUSED, wait=0)
     except KeyboardInterrupt:
         _fail("", 128 + signal.SIGINT, wait=0)
     except Exception:
@@ -123,7 +126,7 @@ def launch(command: str, arguments: Arguments) -> int:
         # Said outright, DeepSpeed does not warn in every process that it found nothing better (or take up a Mac's GPU).
         environment.setdefault("DS_ACCELERATOR", "cpu")
     code = run_to_end(launch_command(command, arguments, ranks, devices, free_port()), environment)
-    if code not in (0, USER_ERROR, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+    if code not in (0, USER_ERROR, PAUSED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
         print(f"gearshift {command}: the processes ended with {_meaning(code)}", file=sys.stderr)
     return code
 
@@ -155,13 +158,43 @@ def run_to_end(words: list[str], environment: dict[str, str]) -> int:
             process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             code = process.wait()
         except _Stopped as stopped:
-            if process is not None:
-                _end_group(process)
-            return 128 + stopped.signal
+            return _stop(process, stopped.signal) if process is not None else 128 + stopped.signal
     # A launcher that was itself killed may leave its ranks behind.
     if code < 0:
         _end_group(process)
     return code % 256
+
+
+def _stop(process: subprocess.Popen[bytes], number: int) -> int:
+    """Ends the run: saved first if SIGTERM or SIGUSR1 asks for it and its ranks are here; at once at another signal."""
+    ranks = _ranks_of(process.pid) if number in (signal.SIGTERM, signal.SIGUSR1) else []
+    if not ranks:
+        _end_group(process)
+        return 128 + number
+    for rank in ranks:
+        # Not to the whole group: DeepSpeed's launcher would give the ranks half a minute.
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGUSR1)
+    with _signals_raise():
+        try:
+            return PAUSED if process.wait() == PAUSED else 128 + number
+        except _Stopped as again:
+            number = again.signal
+    _end_group(process)
+    return 128 + number
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """The rank processes of this host that the launcher, which leads their session, has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if os.getsid(int(folder.name)) == launcher and any(w.startswith(b"--local_rank=") for w in words):
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
 
 
 class _Stopped(Exception):
@@ -180,7 +213,7 @@ def _signals_raise() -> Iterator[None]:
             stopping = True
             raise _Stopped(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     # What is ignored stays ignored (nohup).
     before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gearshift.engine.checkpoints.settings import FOLDER as CHECKPOINTS
 from gearshift.errors import UserError
 from gearshift.launch.config import save
 from gearshift.rlhf.settings import Config, PpoConfig, PretrainConfig
@@ -91,10 +90,10 @@ def _cut(file: Any, step: int) -> Any:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier run's checkpoints, dashboards and report, which the new run's files would join."""
+    """Remove an earlier run's dashboards and report, which the new run's files would join instead of replacing."""
     if not (folder / "metrics.jsonl").is_file():
         return  # no run was here: whatever else is, is not ours
-    for name in (CHECKPOINTS, "tensorboard", "report"):
+    for name in ("tensorboard", "report"):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
     (folder / "report.html").unlink(missing_ok=True)

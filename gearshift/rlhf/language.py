@@ -121,7 +121,7 @@ def _train(
             return {}
         return {"loss/validation": float(evaluate(model, language_loss, held_out, collate_text)["loss"])}
 
-    saver = Saver(config, world, report, {"model": model}, cursors)
+    saver = Saver(config, world, report, {"model": model}, cursors, tokenizer)
     report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
     fit(model, language_loss, batches, steps, report, validate, config.train.validate_every, saver)
     save_policy(model, config.run.folder, config.policy, tokenizer)

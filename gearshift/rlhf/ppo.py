@@ -22,16 +22,18 @@ from gearshift.engine import (
     init_distributed,
 )
 from gearshift.engine.causal import WithoutAdapters
+from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
 from gearshift.rlhf.data.sampling import Sampler, rank_part
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
+from gearshift.rlhf.guards import require_finite, stopping
 from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
-from gearshift.rlhf.resuming import Saver
+from gearshift.rlhf.resuming import Saver, Stateful
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
@@ -92,18 +94,23 @@ class Ppo:
         }
         with phases.phase("train"):
             for minibatch in minibatches(episodes, self.config.ppo, self.config.run.seed, number, self.world):
-                sums.add("policy", self.policy.accumulate(self.policy_loss, minibatch))
-                if self.config.ptx.coef > 0:
-                    text = next(self.data.pretraining)
-                    sums.add("ptx", self.policy.accumulate(language_loss, text, weight=self.config.ptx.coef))
-                sums.norm("policy", self.policy.step())
-                sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
-                sums.norm("critic", self.critic.step())
+                with stopping(self.config.run.folder, f"iteration {number}", minibatch, self.world):
+                    self.update(minibatch, sums)
         self.kl.update(metrics["objective/kl"], len(episodes))
         self.sample_table(number, episodes)
         return (
             metrics | sums.metrics() | self.timings(phases, episodes) | {"objective/episodes": number * len(episodes)}
         )
+
+    def update(self, minibatch: Episodes, sums: _Sums) -> None:
+        """One optimizer step of the policy, and one of the critic."""
+        sums.add("policy", self.policy.accumulate(self.policy_loss, minibatch))
+        if self.config.ptx.coef > 0:
+            text = next(self.data.pretraining)
+            sums.add("ptx", self.policy.accumulate(language_loss, text, weight=self.config.ptx.coef))
+        sums.norm("policy", self.policy.step())
+        sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
+        sums.norm("critic", self.critic.step())
 
     def held_against_reference(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
         """The reference's log-probs [B, L], and with the exact estimator the KL to it [B, L]. Collective."""
@@ -146,16 +153,9 @@ class Ppo:
         return gap
 
     def check_finite(self, episodes: Episodes, number: int) -> None:
-        """Stops before any weight moves; every rank holds the same episodes, so every rank stops."""
-        for name in ("scores", "logprobs", "ref_logprobs", "values", "advantages"):
-            tensor = getattr(episodes, name)
-            bad = ~tensor.isfinite()
-            if bool(bad.any()):
-                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else int(bad.nonzero()[0])
-                raise UserError(
-                    f"iteration {number}: {name} is not finite for prompt {int(episodes.ids[row])}; "
-                    "no weight was changed"
-                )
+        """Stops every rank before any weight moves, and writes the episodes out."""
+        with stopping(self.config.run.folder, f"iteration {number}", episodes, self.world):
+            require_finite(episodes, self.world)
 
     def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
         """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
@@ -350,7 +350,9 @@ def ppo(config: PpoConfig, report: Report) -> None:
     data = PpoData.load(config, world, report)
     run = Ppo(config, world, load_models(config, world), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
-    saver = Saver(config, world, report, {"policy": run.policy, "critic": run.critic}, {**data.cursors, "kl": run.kl})
+    trained: dict[str, ZeroModel] = {"policy": run.policy, "critic": run.critic}
+    parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl}
+    saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
     for number in range(saver.done + 1, iterations + 1):
         before = run.validate() if number == 1 and every else {}
@@ -359,5 +361,6 @@ def ppo(config: PpoConfig, report: Report) -> None:
             found = run.validate()
         report.log(number, metrics | before | found)
         saver.after(number, found.get("validation/scores"))
+    saver.close()
     save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
     run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

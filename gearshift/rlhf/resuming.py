@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +10,14 @@ from typing import Any, Protocol
 from gearshift.engine import World
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.settings import FOLDER
-from gearshift.engine.checkpoints.writing import Checkpoints, Saved, versions
-from gearshift.errors import UserError
+from gearshift.engine.checkpoints.writing import Checkpoints, versions
+from gearshift.engine.saving import small_files
+from gearshift.engine.zero import ZeroModel
+from gearshift.errors import Paused, UserError
 from gearshift.rlhf.differences import command_of, require_same_run, what_differs
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import PpoConfig, PretrainConfig
+from gearshift.rlhf.signals import StopSignals
 
 
 class Stateful(Protocol):
@@ -35,19 +39,33 @@ class Saver:
         config: PretrainConfig | PpoConfig,
         world: World,
         report: Report,
-        models: Mapping[str, Saved],
+        models: Mapping[str, ZeroModel],
         parts: Mapping[str, Stateful],
+        tokenizer: Any,
     ):
         self.config, self.world, self.report = config, world, report
-        self.models, self.parts = models, parts
+        self.models, self.parts, self.tokenizer = models, parts, tokenizer
+        self._small_files: dict[str, bytes] = {}
         self.checkpoints = Checkpoints(Path(config.run.folder) / FOLDER, world, config.checkpoint.keep)
-        self.done = self._resume() if config.checkpoint.resumes else 0
+        self.done = self._resume() if config.checkpoint.resumes else self._start()
+        self._signals = StopSignals() if config.checkpoint.every else None
 
     def after(self, step: int, score: float | None = None) -> None:
-        """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective."""
+        """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective.
+
+        Raises Paused, the run being saved, when a signal has asked for it.
+        """
         every = self.config.checkpoint.every
-        if every and step % every == 0:
+        came = self._signals.on_any_rank(self.world) if self._signals else 0
+        if every and (came or step % every == 0):
             self.save(step, score)
+        if came:
+            raise Paused(f"saved after step {step} at {signal.Signals(came).name}: go on with --resume auto")
+
+    def close(self) -> None:
+        """Nothing more is saved: the run is at its end."""
+        if self._signals:
+            self._signals.close()
 
     def save(self, step: int, score: float | None = None) -> None:
         """One checkpoint now. Collective. Raises UserError, on every rank, when the disk refuses."""
@@ -61,7 +79,18 @@ class Saver:
             versions=versions(),
             score=score,
         )
-        self.checkpoints.save(manifest, self.models)
+        if self.world.is_main and not self._small_files:
+            self._small_files = {
+                f"{name}/{file}": content
+                for name, model in self.models.items()
+                for file, content in small_files(model.module, self.tokenizer).items()
+            }
+        self.checkpoints.save(manifest, self.models, self._small_files)
+
+    def _start(self) -> int:
+        # Only where that was asked for: other folders with checkpoints in them are refused before processes start.
+        self.checkpoints.clear()
+        return 0
 
     def _resume(self) -> int:
         step = self._chosen()

@@ -83,7 +83,7 @@ def reward(config: RewardConfig, report: Report) -> None:
     def validate() -> dict[str, float]:
         return measure(model, held_out) if held_out else {}
 
-    saver = Saver(config, world, report, {"model": model}, {"rows": sampler})
+    saver = Saver(config, world, report, {"model": model}, {"rows": sampler}, tokenizer)
     report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
     batches = comparison_batches(rows, sampler, world)
     fit(model, reward_loss, batches, steps, report, validate, config.train.validate_every, saver)

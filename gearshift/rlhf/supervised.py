@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gearshift.engine import Rows
 from gearshift.engine.zero import LossFunction, ZeroModel
+from gearshift.rlhf.guards import stopping
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.resuming import Saver
 
@@ -23,20 +24,22 @@ def fit(
     steps: int,
     report: Report,
     validate: Validate,
-    validate_every: int = 0,
-    saver: Saver | None = None,
+    validate_every: int,
+    saver: Saver,
 ) -> dict[str, float]:
     """`steps` optimizer steps of one batch each; returns the last validation's metrics.
 
     `batches` yields this rank's rows of each global batch. `validate` runs every `validate_every` steps (0: only at
-    the end) and always after the last. With `saver` the run goes on from where that is, and is saved as it goes.
+    the end) and always after the last. The run goes on from where `saver` is, which saves it as it goes.
     """
     found: dict[str, float] = {}
-    for step in range(saver.done + 1 if saver else 1, steps + 1):
+    for step in range(saver.done + 1, steps + 1):
         start = time.perf_counter()
         rate = model.learning_rate
-        sums = model.accumulate(loss, next(batches))
-        norm = model.step()
+        batch = next(batches)
+        with stopping(saver.config.run.folder, f"step {step}", batch, model.world):
+            sums = model.accumulate(loss, batch)
+            norm = model.step()
         seconds = time.perf_counter() - start
         metrics = {
             "loss/train": float(sums["loss"]),
@@ -50,8 +53,8 @@ def fit(
             found = validate()
             metrics.update(found)
         report.log(step, metrics)
-        if saver:
-            saver.after(step, -found["loss/validation"] if validated and found else None)
+        saver.after(step, -found["loss/validation"] if validated and found else None)
+    saver.close()
     return found
 
 

@@ -1,5 +1,6 @@
 """ZeRO-3 models: gradients that know neither ranks nor micro-batches, loading, saving, heads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from gearshift.engine import CausalModel, Episodes, RewardModel, TokenBatch, Training, World
 from gearshift.engine.saving import gathered_parameters
-from gearshift.errors import UserError
+from gearshift.errors import NotFinite, UserError
 from gearshift.kernels import Loss, policy_loss, value_loss
 from tests.models import FAMILIES, save_tiny, tiny_config
 from tests.worker_group import WorkerGroup
@@ -270,30 +271,60 @@ def test_a_rank_without_targets_takes_part(one_rank: WorkerGroup, two_ranks: Wor
     assert distance(found, alone) <= 1e-5
 
 
-def nan_loss(model: CausalModel, micro: TokenBatch, count: torch.Tensor) -> Loss:
-    loss = language_loss(model, micro, count).loss
-    return Loss(loss * torch.nan if model.world.rank == 1 else loss, {})
+def spoilt_loss(value: float) -> Callable[..., Loss]:
+    """The loss, times `value` on rank 1."""
+
+    def loss(model: CausalModel, micro: TokenBatch, count: torch.Tensor) -> Loss:
+        loss = language_loss(model, micro, count).loss
+        return Loss(loss * value if model.world.rank == 1 else loss, {})
+
+    return loss
 
 
-def stopped_before_damage(world: World, folder: str) -> tuple[str, bool]:
-    model = CausalModel.load(
-        folder, world, dtype=torch.float32, micro_batch_size=8, training=Training(learning_rate=0.1)
-    )
-    before = dict(gathered_parameters(model.module))
+def stopped_before_damage(
+    world: World, folder: str, what: str, value: float, dtype: torch.dtype
+) -> tuple[str, bool, int]:
+    """What is told of a loss or a gradient with `value` in it on rank 1; whether weights and moments are untouched."""
+    training = Training(learning_rate=0.1)
+    model = CausalModel.load(folder, world, dtype=dtype, micro_batch_size=8, training=training)
+    batch = token_batch().select(world.share(ROWS))
+    model.accumulate(language_loss, batch)
+    model.step()
+    before = masters(model)
     try:
-        model.accumulate(nan_loss, token_batch().select(world.share(ROWS)))
+        model.accumulate(spoilt_loss(value) if what == "loss" else language_loss, batch)
+        if what == "gradient" and world.rank == 1:
+            model.engine.optimizer.averaged_gradients[0][0].view(-1)[0] = value
+        model.step()
         told = "went on"
-    except UserError as error:
+    except NotFinite as error:
         told = str(error)
-    after = dict(gathered_parameters(model.module))
-    return told, all(torch.equal(after[n], before[n]) for n in before)
+    after = masters(model)
+    return told, all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), len(before)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+def masters(model: CausalModel) -> list[torch.Tensor]:
+    """Weights, fp32 masters and moments of this rank."""
+    optimizer = model.engine.optimizer
+    tensors = [*(p.ds_tensor for p in model.module.parameters()), *optimizer.fp32_partitioned_groups_flat]
+    tensors += [t for state in optimizer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_on_one_rank_stops_all(
+    two_ranks: WorkerGroup, tmp_path: Path, what: str, value: float, dtype: torch.dtype
+) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    for told, unchanged in two_ranks.run(stopped_before_damage, folder):
-        assert "step 1: the loss is nan; no weight was changed" in told
+    name = "loss" if what == "loss" else "gradient norm"
+    where = " on rank 1" if what == "loss" else ""
+    for told, unchanged, tensors in two_ranks.run(stopped_before_damage, folder, what, value, dtype):
+        shown = value if what == "loss" else torch.inf  # DeepSpeed's sign for a norm that is none
+        assert told == f"the {name} of step 2 is {shown}{where}; no weight was changed"
         assert unchanged
+        assert tensors > 20
 
 
 def offloaded_step(world: World, folder: str) -> dict[str, torch.Tensor]:

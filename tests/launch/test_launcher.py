@@ -59,7 +59,7 @@ def test_the_config_is_checked_and_the_launcher_started(here: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [(0, ""), (2, ""), (130, ""), (1, "exit code 1"), (247, "exit code 247 (SIGKILL: often out of memory)")],
+    [(0, ""), (2, ""), (75, ""), (130, ""), (1, "exit code 1"), (247, "exit code 247 (SIGKILL: often out of memory)")],
 )
 def test_what_is_said_of_an_exit_code(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, says: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,6 @@ def test_metrics_go_on_from_the_step_that_is_resumed(here: Path) -> None:
     folder = Path("runs/ppo")
     saved_step(2)
     with Tracker(folder, [], load("ppo", config_of(), [("checkpoint.resume", "never")])) as tracker:
-        assert steps(CHECKPOINTS) == [2]  # no run was here: nothing of it is removed
         for step in (1, 2, 3, 4):
             tracker.log(step, {"loss": step})
             tracker.samples(step, [{"prompt": "a"}])
@@ -107,8 +105,7 @@ def test_metrics_go_on_from_the_step_that_is_resumed(here: Path) -> None:
     assert [row["step"] for row in read(folder / "samples.jsonl")] == [1, 2]
     assert steps(CHECKPOINTS) == [2]
     Tracker(folder, [], load("ppo", config_of(), [("checkpoint.resume", "never")])).close()
-    assert not CHECKPOINTS.exists()
-    assert json.loads((folder / "metrics.jsonl").read_text() or "[]") == []
+    assert (folder / "metrics.jsonl").read_text() == ""
 
 
 def test_the_bar_starts_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_pretraining_text_is_its_part_of_every_batch(policy_folder: str, tmp_pat
     )
     encoder = Encoder(load_tokenizer(policy_folder), max_tokens=48)
     demonstrations = [Demonstration([5, 6, 7 + i], [9, 0]) for i in range(16)]
-    batches, steps = zip(
+    batches, steps, _ = zip(
         *(_mixed_batches(config, demonstrations, encoder, w) for w in worlds(1) + worlds(2)), strict=True
     )
     # 16 demonstrations, six in a batch, twice: 32 / 6 batches.

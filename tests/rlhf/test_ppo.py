@@ -315,7 +315,12 @@ def test_what_is_wrong_on_one_rank_stops_every_rank(two_ranks: WorkerGroup, valu
     """Before any weight moves, naming iteration and prompt: the third of rank 1, which is the batch's seventh."""
     prompt = next(Sampler(20, BATCH, 3)).rows[6]
     for (score, gap), policy_steps, critic_steps in two_ranks.run(broken, values):
-        assert score == f"iteration 1: scores is not finite for prompt {prompt}; no weight was changed"
+        stopped = Path(values["run"]["folder"]) / "stopped"
+        assert score == (
+            f"iteration 1: scores is not finite for prompt {prompt} (rank 1); no weight was changed; "
+            f"the batch is in {stopped}/"
+        )
+        assert torch.load(stopped / "iteration-1-rank-0.pt")["ids"][6] == prompt
         assert gap.startswith("rollout.logprob_gap_limit: ")
         assert "differ by 0.01 nats, limit 0.001" in gap
         assert policy_steps == critic_steps == 0

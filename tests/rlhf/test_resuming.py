@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from gearshift.engine import Episodes, World
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.reading import steps
-from gearshift.errors import SettingError
+from gearshift.errors import SettingError, UserError
 from gearshift.launch.config import validate
+from gearshift.launch.export import main as export_main
+from gearshift.launch.verify import main as verify_main
 from gearshift.rlhf.differences import require_same_run, what_differs
 from gearshift.rlhf.ppo import Ppo, ppo
+from tests.engine.checkpoints.steps import flip
 from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
 from tests.worker_group import WorkerGroup
 
@@ -188,3 +192,43 @@ def test_another_command_or_rank_count_is_refused(values: dict[str, Any]) -> Non
     sft = dataclasses.replace(a_manifest(values), command="sft")
     with pytest.raises(SettingError, match=r"of gearshift sft, not of gearshift ppo"):
         require_same_run(sft, config, 2)
+
+
+@pytest.mark.parametrize("name", ["policy", "critic"])
+def test_an_exported_model_is_the_one_that_the_run_saved(
+    values: dict[str, Any], whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Byte for byte: weights, config, generation config and tokenizer, from the shards of two ranks."""
+    run = Path(values["run"]["folder"])
+    assert export_main([str(run), str(tmp_path / "out"), "--model", name]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out: {name} of {run}/checkpoints/step-{ITERATIONS:08d}\n"
+    saved = run / ("model" if name == "policy" else "critic")
+    expected = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert "tokenizer.json" in expected
+    with pytest.raises(UserError, match="is there already"):
+        export_main([str(run), str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"--model: reward is not in .*: it has critic, policy"):
+        export_main([str(run), str(tmp_path / "other"), "--model", "reward"])
+
+
+def test_verify(values: dict[str, Any], whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(values["run"]["folder"], run)
+    assert verify_main([str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["whole", "whole"]
+    assert "gearshift ppo, step 2, 2 ranks, " in lines[0]
+    assert "validation " in lines[0]
+    last = run / f"checkpoints/step-{ITERATIONS:08d}"
+    flip(last / "critic/tokenizer.json")
+    assert verify_main([str(last)]) == 1
+    assert capsys.readouterr().out.startswith(f"{last}/critic/tokenizer.json: is damaged")
+    assert verify_main([str(run / "checkpoints/step-00000002")]) == 0
+    (run / "checkpoints/latest").unlink()
+    assert verify_main([str(run)]) == 1
+    assert capsys.readouterr().out.endswith("checkpoints/latest: is missing\n")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        verify_main([str(tmp_path)])
+    with pytest.raises(UserError, match=r"tokenizer\.json: is damaged"):
+        export_main([str(run), str(tmp_path / "out")])

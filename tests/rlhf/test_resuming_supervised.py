@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from gearshift.engine import World
 from gearshift.engine.checkpoints.manifest import Manifest
+from gearshift.errors import Paused
 from gearshift.launch.config import validate
 from gearshift.rlhf.language import pretrain, sft
 from gearshift.rlhf.reporting import Report
@@ -73,3 +76,31 @@ def test_a_resumed_stage_is_the_same_stage(two_ranks: WorkerGroup, tmp_path: Pat
     manifest = Manifest.read(step)
     assert manifest.state["rows"] == SAVED * (3 if command == "sft" else 4)
     assert manifest.score == -whole.metrics[SAVED - 1]["loss/validation"]
+
+
+def signalled(world: World, values: dict[str, Any], at: int) -> str:
+    """SFT in which rank 1 alone gets a SIGTERM during step `at`; what every rank says."""
+
+    class Signalling(Recorder):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().log(step, metrics)
+            if step == at and world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        sft(validate("sft", values), Signalling())  # type: ignore[arg-type]
+    except Paused as paused:
+        return str(paused)
+    return "went on"
+
+
+def test_a_signal_to_one_rank_saves_on_all(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    values = changed(stage_values("sft", tmp_path / "data"), checkpoint={"every": 100})
+    whole = changed(values, run={"folder": str(tmp_path / "whole")})
+    metrics = two_ranks.run(run_stage, "sft", whole)[0].metrics
+    told = "saved after step 3 at SIGTERM: go on with --resume auto"
+    assert two_ranks.run(signalled, values, 3) == [told, told]
+    resumed = two_ranks.run(run_stage, "sft", changed(values, checkpoint={"resume": "auto"}))[0]
+    assert without_clocks(resumed.metrics) == without_clocks(metrics[3:])
+    assert weights(tmp_path / "data/run") == weights(tmp_path / "whole")

@@ -58,6 +58,8 @@ def remove(path: Path) -> None:
 class DigestFile(io.RawIOBase):
     """A new file that counts and digests what is written to it, and is flushed to the disk when it is closed."""
 
+    _file: Any = None  # until it is there
+
     def __init__(self, path: Path):
         _before("create", path)
         self.path, self.size = path, 0
@@ -75,7 +77,7 @@ class DigestFile(io.RawIOBase):
         return written
 
     def close(self) -> None:
-        if self.closed:
+        if self.closed or self._file is None:
             return
         try:
             _before("flush", self.path)
@@ -90,7 +92,7 @@ class DigestFile(io.RawIOBase):
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
 
-def write(path: Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+def write(path: Path, fill: Callable[[Any], Any]) -> dict[str, Any]:
     """`fill(file)` writes a new file front to back; it is on the disk when this returns its manifest entry."""
     raw = DigestFile(path)
     buffered = io.BufferedWriter(raw, BUFFER_BYTES)

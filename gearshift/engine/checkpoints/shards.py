@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,19 @@ class Shards(CheckpointEngine):
         return True
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.bytes_needed += _bytes_of(state_dict)
+        self.write(Path(path), lambda file: torch.save(state_dict, file), _bytes_of(state_dict))
+
+    def write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
+        """One file of about `size` bytes, unless the disk refuses or has refused before."""
+        self.bytes_needed += size
         if self.error:
             return
         try:
-            entry = files.write(Path(path), lambda file: torch.save(state_dict, file))
+            entry = files.write(path, fill)
         except (OSError, RuntimeError) as error:  # torch wraps what a file raises
             self.error = f"{path}: cannot be written: {_cause(error)}"
             return
-        self.written[str(Path(path).relative_to(self.root))] = entry
+        self.written[str(path.relative_to(self.root))] = entry
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load(Path(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +36,10 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep: int):
         self.folder, self.world, self.keep = folder, world, keep
 
-    def save(self, manifest: Manifest, models: Mapping[str, Saved]) -> None:
-        """Writes the step that `manifest` (without files) describes.
+    def save(
+        self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Writes the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
 
         Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
         """
@@ -45,6 +48,9 @@ class Checkpoints:
         shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
+        if self.world.is_main:
+            for path, content in (small_files or {}).items():
+                shards.write(aside / path, partial(_write_bytes, content), len(content))
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)
@@ -53,6 +59,12 @@ class Checkpoints:
             error = self._agreed(self._commit(aside, dataclasses.replace(manifest, files=written)))
         if error is not None:
             self._fail(aside, error, sum(needed for _, needed, _ in parts))
+
+    def clear(self) -> None:
+        """Removes every checkpoint: the run starts again."""
+        error = _told(lambda: files.remove(self.folder)) if self.world.is_main else None
+        if error := self._agreed(error):
+            raise UserError(error)
 
     def newest(self, refuse_damaged: bool) -> tuple[Path, list[str]]:
         """`reading.newest`, every rank reading a part of the files."""
@@ -88,7 +100,8 @@ class Checkpoints:
 
         def make() -> None:
             files.make_folder(self.folder)
-            files.remove(aside)
+            for left in self.folder.glob(".step-*.writing"):  # of a save that was cut short
+                files.remove(left)
             for name in names:
                 files.make_folder(aside / name)
 
@@ -133,6 +146,10 @@ class Checkpoints:
     def _agreed(self, error: str | None) -> str | None:
         """The first rank's error, on every rank."""
         return next((told for told in self._gathered(error) if told), None)
+
+
+def _write_bytes(content: bytes, file: Any) -> None:
+    file.write(content)
 
 
 def _told(work: Any) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from gearshift.engine import CausalModel, TokenBatch, Training, World
 from gearshift.engine.checkpoints import files
 from gearshift.engine.checkpoints.manifest import Manifest
-from gearshift.engine.checkpoints.reading import newest
+from gearshift.engine.checkpoints.reading import newest, steps
 from gearshift.engine.checkpoints.writing import Checkpoints, versions
 from gearshift.errors import UserError
 from gearshift.rlhf.language import language_loss
@@ -74,6 +74,19 @@ def interrupted(world: World, init: str, folder: str, dtype: torch.dtype) -> tup
     assert [m.steps for m in again.values()] == [5, 5]
     assert again["policy"].learning_rate == models["policy"].learning_rate
     return whole, resumed, same(masters(models), masters(again))
+
+
+def started_again(world: World, init: str, folder: str) -> list[int]:
+    """The steps that are there when a run starts over in the folder of a longer one, and saves."""
+    models, checkpoints = build(world, init, torch.float32), Checkpoints(Path(folder), world, 1)
+    for step in (20, 3):
+        checkpoints.clear()
+        checkpoints.save(step_of(world, step), models)
+    return steps(Path(folder))
+
+
+def test_a_run_that_starts_again_has_its_own_checkpoints(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
+    assert two_ranks.run(started_again, model, str(tmp_path / "checkpoints")) == [[3], [3]]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
