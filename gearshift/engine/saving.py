@@ -99,7 +99,7 @@ def save_adapters(model: Any, folder: Path, world: World, base: str) -> None:
         config = peft_config(LoraConfig, model.lora)
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(aside)
-        _replace(folder, aside)
+        replace_folder(folder, aside)
     if world.size > 1:
         torch.distributed.barrier()
 
