@@ -62,7 +62,7 @@ class Generator:
         has fewer tokens than `top_k`, or a rank lacks memory for the keys and values of so many rows at once.
         """
         most = torch.full_like(prompts.lengths, sampling.max_new_tokens)
-        limits = most if limits is None else limits.to(most.device).minimum(most)
+        limits = most if limits is None else limits.to(most).minimum(most)
         if bool((limits < 1).any()):
             raise ValueError("limits must be at least 1: every answer has a token")
         pooled, own = self._pooled(

@@ -33,8 +33,8 @@ class StopStrings:
             raise UserError("rollout.stop: a stop string is empty, so every answer would end at once: leave it out")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        # Every token of a match adds at least one byte to it. One token more, since decoders drop a space in front.
-        self._tail = 1 + max(len(text.encode()) for text in strings)
+        # Every token of a match adds at least one byte to it.
+        self._tail = max(len(text.encode()) for text in strings)
         self._may_end = torch.tensor([*map(self._could_complete, _texts(tokenizer)), False])
 
     def completed(self, responses: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ class StopStrings:
     def _in_text(self, tokens: list[int]) -> bool:
         """Whether a match stands in the last tokens, which may begin in the middle of a character.
 
-        One of the beginnings tried is that of a character: after the rest of one, SentencePiece's byte tokens would
-        all be unreadable.
+        Up to four beginnings are tried. One is that of a character (after the rest of one, SentencePiece's byte tokens
+        would all be unreadable), and some have a token before the match (a space in front of the text is dropped).
         """
         surplus = len(tokens) - self._tail
         texts = self._tokenizer.batch_decode([tokens[start:] for start in range(max(1, surplus + 1))])

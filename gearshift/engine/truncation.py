@@ -35,7 +35,7 @@ def kept_tokens(logits: Tensor, highest: Tensor, top_k: int | None, top_p: float
         kept = logits >= _kth_largest(logits, top_k, group)[:, None]
     if top_p < 1.0:
         masses = torch.exp(logits - highest[:, None]) * kept
-        kept = kept & _nucleus(logits, masses, top_p, group)
+        kept = _nucleus(logits, masses, top_p, group)  # never below what top-k kept: there is no mass
     return kept
 
 

@@ -149,8 +149,8 @@ def test_stale_weights_are_an_error(two_ranks: WorkerGroup, tmp_path: Path) -> N
     assert all("stale" in message for message in two_ranks.run(generate_after_step, folder))
 
 
-def bf16_gap(world: World, folder: str) -> float:
-    policy = _policy(world, folder, 2, dtype=torch.bfloat16)
+def bf16_gap(world: World, folder: str, tp_size: int, slots: int | None) -> float:
+    policy = _policy(world, folder, tp_size, dtype=torch.bfloat16, slots=slots)
     mine = some_prompts(8).select(world.share(8))
     with policy.rollout() as generator:
         rollouts = generator.generate(mine, Sampling(12, eos_ids=(2,)))
@@ -158,7 +158,8 @@ def bf16_gap(world: World, folder: str) -> float:
     return float(gap.sum() / rollouts.mask.sum())
 
 
-def test_bf16_mean_gap(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp_size", "slots"), [(1, None), (2, None), (2, 3)])
+def test_bf16_mean_gap(two_ranks: WorkerGroup, tmp_path: Path, tp_size: int, slots: int | None) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    # bf16 keeps 8 bits: logits of about 10 are rounded to about 0.04.
-    assert max(two_ranks.run(bf16_gap, folder)) < 0.1
+    # bf16 keeps 8 bits: hidden states, and so logits of a few nats, are off by about 0.01 (the means here by 0.002).
+    assert max(two_ranks.run(bf16_gap, folder, tp_size, slots)) < 0.02
