@@ -84,6 +84,8 @@ def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> i
 
 
 def _fail(message: str, code: int, wait: float) -> NoReturn:
+    # Who waits here is ended by the launcher's SIGTERM; the run's own handler would only note it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(wait)
     if message:
         print(message, file=sys.stderr)

@@ -19,7 +19,6 @@ MEANING = (
     "data",
     "run.seed",
     "run.dtype",
-    "train.epochs",
     "train.batch_size",
     "train.pretraining",
     "train.pretraining_fraction",

@@ -13,6 +13,9 @@ def stage(config: PretrainConfig) -> None:
     import torch
     import torch.distributed as dist
 
+    from gearshift.rlhf.signals import StopSignals
+
+    StopSignals()  # as in a run that saves itself
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
         raise UserError("rank 1 found an empty row")
