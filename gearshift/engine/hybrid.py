@@ -50,6 +50,7 @@ class HybridEngine(CausalModel):
         """The replica with the weights of the newest optimizer step; moves nothing when it has them already."""
         if self._replica is None or self._shift is None:
             self._replica = Replica(self.config, self.group, self.dtype, self.world.device)
+            self._replica.take_buffers(self.module)
             plan = ReshardPlan.build(
                 self._replica.shapes,
                 self._replica.layout.splits,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gearshift.engine.distributed import World
+from gearshift.engine.weights import persistent_buffers
 
 MAX_FILE_BYTES = 2 << 30
 
@@ -36,10 +38,10 @@ def save_pretrained(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     writer = _FileWriter(aside, max_file_bytes) if world.is_main else None
-    for name, tensor in gathered_parameters(model):
+    for name, tensor in chain(gathered_parameters(model), persistent_buffers(model)):
         if writer is not None:
             for key, value in _names_on_disk(model, name, tensor).items():
-                writer.add(key, value)
+                writer.add(key, value.cpu())
     if writer is not None:
         writer.close()
         _config_to_save(model).save_pretrained(aside)
