@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.errors import UserError
-from gearshift.kernels import Columns, decode_attention
+from gearshift.kernels import Columns, decode_attention, score_attention
 
 ATTENTION_NAME = "gearshift_rollout"
 
@@ -30,14 +30,21 @@ class KeyValueCache:
     position 0 (which may go unwritten), or one new position for the first `n` rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit  # most positions that a row may have (None: as many as there is memory for)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.capacity = 0
         self._prefill: Tensor | None = None  # rows being filled
         self._columns = Columns(torch.empty(0, dtype=torch.int64))  # where each row's new token goes
 
     def reset(self, rows: int, capacity: int) -> None:
-        """Room for `rows` rows of `capacity` positions; keeps larger buffers."""
+        """Room for `rows` rows of `capacity` positions; keeps larger buffers. UserError past the limit."""
+        if self.limit is not None and capacity > self.limit:
+            raise UserError(
+                f"a prompt and its answer may need {capacity} positions: past {self.limit} this model's rotary "
+                "embedding changes with the length of a row, which rollouts do not support: lower "
+                "data.max_prompt_tokens or rollout.max_new_tokens"
+            )
         if rows > self.rows or capacity > self.capacity:
             self._layers.clear()
             self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
@@ -68,14 +75,25 @@ class KeyValueCache:
         return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """query [n, heads, T, D], key and value [n, kv_heads, T, D] -> [n, heads, T, D]."""
+        """query [n, heads, T, D], key and value [n, kv_heads, T, D] -> [n, heads, T, D]; see `score_attention`."""
         if self._prefill is not None:
             width = key.shape[2]
             if len(self._prefill):
                 keys, values = self._buffers(layer, key, value)
                 keys[self._prefill, :, :width], values[self._prefill, :, :width] = key, value
+            if softcap is not None or sinks is not None:
+                visible = _window_mask(width, window or width, query.device)[None, None]
+                return score_attention(query, key, value, visible, scaling, softcap, sinks)
             mask = None if window is None or window >= width else _window_mask(width, window, query.device)
             grouped = key.shape[1] != query.shape[1]
             return scaled_dot_product_attention(
@@ -83,7 +101,16 @@ class KeyValueCache:
             )
         keys, values = self._buffers(layer, key, value)
         out = decode_attention(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], keys, values, self._columns, scaling=scaling, window=window
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            keys,
+            values,
+            self._columns,
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
         )
         return out[:, :, None]
 
@@ -111,18 +138,25 @@ def rollout_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`transformers`' attention signature; returns [n, T, heads, D]. UserError for a keyword it cannot honour."""
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
-    if unknown:
-        raise UserError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which rollouts do not support yet"
-        )
+    check_keywords(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache: KeyValueCache = module.rollout_cache  # type: ignore[assignment]
-    out = cache.attend(int(module.layer_idx), query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
-    return out.transpose(1, 2), None
+    out = cache.attend(int(module.layer_idx), query, key, value, scaling, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """UserError for what a model passes to attention and this one does not know."""
+    unknown = [name for name, given in keywords.items() if given is not None and name not in _HARMLESS]
+    if unknown:
+        raise UserError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which rollouts do not support"
+        )
 
 
 def register() -> None:

@@ -177,8 +177,6 @@ def check_head(model: Any, name: str) -> None:
     bound is the rounding of the model's own dtype. Raises UserError when the model does more than `LogitTransform`
     says after its backbone, or anything to the tokens before it.
     """
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-
     head, backbone = lm_head_of(model), backbone_of(model)
     tokens = torch.arange(16).reshape(2, 8) * 7919 % head.out_features
     generator = torch.Generator().manual_seed(0)
@@ -188,9 +186,11 @@ def check_head(model: Any, name: str) -> None:
 
     def stand_in(input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
         seen.append(inputs_embeds is None and input_ids is not None and torch.equal(input_ids, tokens))
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+        return _hidden_output(hidden)
 
-    with _replaced(backbone, forward=stand_in), _replaced(head._parameters, bias=bias):
+    # OPT's causal LM calls the decoder inside of its backbone, which gives the same.
+    with _replaced(backbone, forward=stand_in), _replaced(model.get_decoder(), forward=stand_in), \
+            _replaced(head._parameters, bias=bias):  # fmt: skip
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     if seen != [True]:
         raise UserError(f"{name}: {type(model).__name__} does more than to call its backbone with the tokens")
@@ -208,6 +208,15 @@ def check_head(model: Any, name: str) -> None:
             f"{name}: the fused log-probs differ from the model's own logits by {gap:.2e} (bound {bound:.2e}); "
             "its head does something that Gearshift does not know"
         )
+
+
+def _hidden_output(hidden: Tensor) -> Any:
+    """What backbones return, with every field that some causal LM reads from it."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    output = MoeModelOutputWithPast(last_hidden_state=hidden)
+    output.cross_attentions = output.shared_kv_states = None  # GPT-2, Gemma 4
+    return output
 
 
 @contextmanager

@@ -122,6 +122,7 @@ class HybridEngine(CausalModel):
         """What the first rollout builds, and all others use."""
         if self._replica is None or self._shift is None or self._memory is None:
             self._replica = Replica(self.config, self.group, self.dtype, self.world.device)
+            self._replica.take_buffers(self.module)
             plan = ReshardPlan.build(
                 self._replica.shapes,
                 self._replica.layout.splits,

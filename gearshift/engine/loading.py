@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from gearshift.engine.adapters import add_adapters
 from gearshift.engine.distributed import World
-from gearshift.engine.folder import weight_files
 from gearshift.engine.settings import LoraSettings
+from gearshift.engine.weights import SafetensorsFolder, persistent_buffers
 from gearshift.errors import SettingError, UserError, one_line
 
 # Parameters loaded between two times that freed memory goes back to the system: see `_return_freed_memory`.
 TRIM_EVERY_BYTES = 64 << 20
-
-# Computed, not learned, and once saved all the same by older versions of `transformers`.
-_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
 def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype, origin: str = "config.json") -> Any:
@@ -62,70 +58,6 @@ def _check_head_exists(auto_class: Any, config: Any, origin: str) -> None:
         raise SettingError(
             origin, f"transformers has no {kind} for {config.model_type}: use another family, such as llama or qwen2"
         )
-
-
-class SafetensorsFolder:
-    """The weights of a `save_pretrained` folder, read one tensor at a time under the names of the given model.
-
-    `transformers`' own renamings are applied (GPT-NeoX files hold `embed_out` where the module is `lm_head`).
-    """
-
-    def __init__(self, folder: Path, model: Any):
-        self.folder = folder
-        self._file_of = self._names(model)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def read(self, name: str) -> Tensor:
-        file, key = self._file_of[name]
-        # Opened anew for each tensor: every page that was read of a mapped file counts as memory until it is closed.
-        with safe_open(self.folder / file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-        return tensor
-
-    def check(self, model: nn.Module, may_be_missing: Iterable[str] = ()) -> None:
-        """Every parameter is there, with the shape that the config says, or UserError names the first that is not."""
-        allowed = set(may_be_missing)
-        for path, parameter in model.named_parameters():
-            if path not in self:
-                if path not in allowed:
-                    raise UserError(f"{self.folder}: the weights lack {path}")
-                continue
-            file, key = self._file_of[path]
-            with safe_open(self.folder / file, framework="pt") as opened:
-                shape = list(opened.get_slice(key).get_shape())
-            if shape != list(parameter.shape):
-                raise UserError(
-                    f"{self.folder}: {path} has shape {shape}, the model's config says {list(parameter.shape)}"
-                )
-        known = set(model.state_dict(keep_vars=True)) | {name for name, _ in model.named_buffers()}
-        heads = ("lm_head.", "score.", "embed_out.") if allowed else ()  # the head of what the backbone is taken from
-        left = [name for name in self._file_of if name not in known and not name.startswith(heads)]
-        left = [name for name in left if not name.endswith(_BUFFERS)]
-        if left:
-            raise UserError(
-                f"{self.folder}: {left[0]} has no place in a {type(model).__name__} ({len(left)} such weights)"
-            )
-
-    def _names(self, model: Any) -> dict[str, tuple[str, str]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        own = model.state_dict()
-        names = {}
-        for key, file in weight_files(self.folder).items():
-            name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-            if converted is not None:
-                raise UserError(
-                    f"{self.folder}: {key} must be merged with other tensors to become {name}, which is not supported "
-                    "yet for this architecture"
-                )
-            names[name] = (file, key)
-        return names
 
 
 def materialise(
@@ -173,6 +105,7 @@ def materialise(
         if since_trim >= TRIM_EVERY_BYTES:
             _return_freed_memory()
             since_trim = 0
+    _load_buffers(model, source, world)
     _return_freed_memory()
     torch.set_rng_state(generator_state)
 
@@ -222,6 +155,16 @@ def _fill(
         for name, path in paths.items():
             if path in source:
                 own[name].copy_(source.read(path))
+
+
+@torch.no_grad()
+def _load_buffers(model: nn.Module, source: SafetensorsFolder | None, world: World) -> None:
+    """Rank 0's persistent buffers, read from the folder where it has them, to all ranks. Collective."""
+    for path, buffer in persistent_buffers(model):
+        if source is not None and path in source:
+            buffer.copy_(source.read(path))
+        if world.size > 1:
+            torch.distributed.broadcast(buffer, 0)
 
 
 def partition(own: dict[str, nn.Parameter], offload: dict[str, Any]) -> None:

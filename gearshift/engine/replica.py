@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from gearshift.engine.attention_check import check_attention
 from gearshift.engine.cache import ATTENTION_NAME, KeyValueCache, register
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
-from gearshift.engine.layout import TensorParallelLayout
+from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
+from gearshift.engine.parallel_layers import bind_shares
 from gearshift.engine.sampling import HeadShard
-from gearshift.errors import UserError
+from gearshift.engine.weights import persistent_buffers
 from gearshift.kernels import few_rows_linear
 
 
@@ -36,8 +39,7 @@ class Replica:
         register()
         config = copy.deepcopy(config)
         config._attn_implementation = ATTENTION_NAME
-        _refuse(config)
-        self.group, self.stamp, self.cache = group, -1, KeyValueCache()
+        self.group, self.stamp, self.cache = group, -1, KeyValueCache(rotary_limit(config))
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
         self.layout = TensorParallelLayout.of(self.model, group.size)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
@@ -45,11 +47,19 @@ class Replica:
         self.model.to(device).eval()
         self.head = self._head_shard()
         self._bind()
+        with torch.no_grad():
+            check_attention(self.model, self.hidden, device)
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions [n, T] -> last hidden states [n, T, H]; keys and values go to the cache."""
         hidden: Tensor = backbone_of(self.model)(input_ids=tokens, position_ids=positions, use_cache=False)[0]
         return hidden
+
+    def take_buffers(self, module: nn.Module) -> None:
+        """Copy what belongs to the model's weights and is no parameter, so that the shift does not bring it."""
+        own = dict(self.model.named_buffers())
+        for name, buffer in persistent_buffers(module):
+            own[name].copy_(buffer)
 
     def _allocate(self, device: torch.device) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -79,14 +89,15 @@ class Replica:
                 self._bind_embedding(module)
             elif role == "row":
                 self._bind_row(module)
-            elif isinstance(module, nn.Linear):
+            elif is_plain_linear(module):
                 _bind_linear(module)
+        bind_shares(self.model, self.layout, self.group)
 
     def _bind_row(self, module: nn.Module) -> None:
         group = self.group
 
         def forward(self: nn.Linear, x: Tensor) -> Tensor:
-            y = group.all_reduce(few_rows_linear(x, self.weight))
+            y = group.all_reduce(few_rows_linear(x, _matrix(self)))
             return y if self.bias is None else y + self.bias
 
         module.forward = types.MethodType(forward, module)
@@ -108,15 +119,29 @@ class Replica:
 
 def _bind_linear(module: nn.Module) -> None:
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        return few_rows_linear(x, self.weight, self.bias)
+        return few_rows_linear(x, _matrix(self), self.bias)
 
     module.forward = types.MethodType(forward, module)
 
 
-def _refuse(config: Any) -> None:
-    """What would be silently wrong in a rollout is an error before any weight moves."""
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight as [outputs, inputs]."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def rotary_limit(config: Any) -> int | None:
+    """The positions up to which rotary embeddings do not depend on the longest row of a batch (None: they never do).
+
+    "longrope" has other frequencies for all positions of a row past its original length, "dynamic" grows with it: keys
+    that are cached already would be wrong.
+    """
     text = config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise UserError(f"{text.model_type}: attention soft-caps are not supported in rollouts yet")
-    if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
-        raise UserError(f"{text.model_type}: mixture-of-experts models are not supported in rollouts yet")
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = list(rope.values()) if rope and all(isinstance(kind, dict) for kind in rope.values()) else [rope]
+    limits = [
+        kind.get("original_max_position_embeddings", text.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)

@@ -3,9 +3,9 @@
 Letters: N ranks of ZeRO-3, t of a tensor-parallel group.
 
 ZeRO-3 holds a parameter flattened and cut in N contiguous shards of ceil(numel / N) elements. A tensor-parallel slice
-is a range of one dimension, that is, columns [lo, hi) of a matrix [outer, pitch] seen in row-major order. Their
-intersection is at most three affine pieces (a partial first row, whole rows, a partial last row), so that a plan
-never lists indices and can be made for a thousand ranks.
+is one or several ranges of one dimension, that is, columns [lo, hi) of a matrix [outer, pitch] seen in row-major order.
+The intersection of a shard and a range is at most three affine pieces (a partial first row, whole rows, a partial last
+row), so that a plan never lists indices and can be made for a thousand ranks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gearshift.engine.layout import Split
 from gearshift.engine.placement import Placement
+from gearshift.engine.split import Range, Split
 
 Counts = NDArray[np.int64]
 
@@ -244,14 +244,15 @@ def elements_below(shape: tuple[int, ...], split: Split, part: int, index: Count
     if split.dim is None:
         return index
     inner = math.prod(shape[split.dim + 1 :])
-    low, high = (edge * inner for edge in split.ranges[part])
     rows, columns = np.divmod(index, shape[split.dim] * inner)
-    below: Counts = rows * (high - low) + np.clip(columns - low, 0, high - low)
+    below: Counts = np.zeros_like(index)
+    for low, high in ((low * inner, high * inner) for low, high in split.ranges[part]):
+        below += rows * (high - low) + np.clip(columns - low, 0, high - low)
     return below
 
 
 def intersect(shape: tuple[int, ...], split: Split, part: int, low: int, high: int) -> Iterator[Piece]:
-    """The flat range [low, high) of a tensor ∩ one part of it, as at most three pieces.
+    """The flat range [low, high) of a tensor ∩ one part of it, as at most three pieces for each range of the part.
 
     Source offsets count from `low`'s own shard start in flat order, given as offsets from flat element 0 (the caller
     of `Piece.source` subtracts the shard's start); destinations count within the dense slice.
@@ -260,18 +261,27 @@ def intersect(shape: tuple[int, ...], split: Split, part: int, low: int, high: i
         yield Piece(low, 0, low, 0, high - low, 1)
         return
     inner = math.prod(shape[split.dim + 1 :])
-    pitch = shape[split.dim] * inner
-    lo, hi = (edge * inner for edge in split.ranges[part])
-    width = hi - lo
-    if width <= 0:
+    pitch, width = shape[split.dim] * inner, split.width(part) * inner
+    dest = 0  # where the range stands within a row of the slice
+    for start, stop in split.ranges[part]:
+        columns = (start * inner, stop * inner)
+        yield from _columns(columns, pitch, dest, width, low, high)
+        dest += columns[1] - columns[0]
+
+
+def _columns(columns: Range, pitch: int, dest: int, width: int, low: int, high: int) -> Iterator[Piece]:
+    """The flat range [low, high) of a matrix of `pitch` columns ∩ some of them, which go to columns from `dest` of a
+    matrix of `width` columns."""
+    lo, hi = columns
+    if lo >= hi:
         return
     first, last = low // pitch, (high - 1) // pitch
 
     def run(row: int, start: int, stop: int) -> Iterator[Piece]:
-        """Columns [start, stop) of one row, cut to the slice."""
+        """Columns [start, stop) of one row, cut to the wanted ones."""
         start, stop = max(start, lo), min(stop, hi)
         if start < stop:
-            yield Piece(row * pitch + start, 0, row * width + start - lo, 0, stop - start, 1)
+            yield Piece(row * pitch + start, 0, row * width + dest + start - lo, 0, stop - start, 1)
 
     if first == last:
         yield from run(first, low - first * pitch, high - first * pitch)
@@ -283,6 +293,6 @@ def intersect(shape: tuple[int, ...], split: Split, part: int, low: int, high: i
     if high < (last + 1) * pitch:
         end -= 1
     if begin < end:
-        yield Piece(begin * pitch + lo, pitch, begin * width, width, width, end - begin)
+        yield Piece(begin * pitch + lo, pitch, begin * width + dest, width, hi - lo, end - begin)
     if high < (last + 1) * pitch:
         yield from run(last, 0, high - last * pitch)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.adapters import adapters_of, is_adapter, merged_whole, peft_config, plain_name
 from gearshift.engine.distributed import World
+from gearshift.engine.weights import persistent_buffers
 
 MAX_FILE_BYTES = 2 << 30
 
@@ -38,10 +40,10 @@ def save_pretrained(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     writer = FileWriter(aside, max_file_bytes) if world.is_main else None
-    for name, tensor in gathered_parameters(model):
+    for name, tensor in chain(gathered_parameters(model), persistent_buffers(model)):
         if writer is not None:
             for key, value in names_on_disk(model, name, tensor).items():
-                writer.add(key, value)
+                writer.add(key, value.cpu())
     if writer is not None:
         writer.close()
         _save_small_files(model, tokenizer, aside)

@@ -11,6 +11,7 @@ from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
 from gearshift.kernels.losses import Loss
 from gearshift.kernels.policy_loss import policy_loss
 from gearshift.kernels.ppo_targets import Targets, ppo_targets
+from gearshift.kernels.score_attention import score_attention
 from gearshift.kernels.value_loss import value_loss
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "linear_logprob",
     "policy_loss",
     "ppo_targets",
+    "score_attention",
     "value_loss",
 ]

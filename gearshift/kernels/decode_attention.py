@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.kernels import native
+from gearshift.kernels.score_attention import score_attention
 
 
 class Columns:
@@ -76,21 +77,14 @@ def _attend(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float, softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """visible `[n, 1, 1, C]` bool. The query heads of one key/value head become query positions: no repeated keys."""
+    """visible `[n, 1, 1, C]` bool."""
+    if softcap is not None or sinks is not None:
+        return score_attention(query[:, :, None], keys, values, visible, scaling, softcap, sinks)[:, :, 0]
     rows, heads, size = query.shape
-    grouped = query.reshape(rows, keys.shape[1], -1, size)  # [n, k, h / k, D]
-    if softcap is None and sinks is None:
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scaling)
-        return out.reshape(rows, heads, -1)
-    scores = (grouped @ keys.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        column = sinks.float().view(keys.shape[1], -1, 1).expand(rows, -1, -1, 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
-    return (weights @ values).reshape(rows, heads, -1)
+    # The query heads of one key/value head become query positions: no repeated keys.
+    grouped = query.reshape(rows, keys.shape[1], -1, size)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scaling)
+    return out.reshape(rows, heads, -1)
 
 
 def _serves(*tensors: Tensor) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine.folder import config_number
-from gearshift.errors import SettingError
+from gearshift.engine.plans import plan_for
+from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
 from gearshift.launch.resume_checks import check_resume, check_start
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig
@@ -133,6 +134,8 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
             "rollout.tp_size", f"{tp} does not divide the {heads} attention heads ({kv_heads} for keys) of {init}: "
             f"use {fitting}"
         )  # fmt: skip
+    if tp > 1:
+        fails("rollout.tp_size", _plan_problem(model.get("model_type")))
     vocabulary, top_k = config_number(model, "vocab_size"), config.rollout.top_k
     if vocabulary and top_k and top_k > vocabulary:
         raise SettingError("rollout.top_k", f"{top_k} is more than the {vocabulary} tokens of {init}: leave it out")
@@ -147,6 +150,36 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
             f"{response}, with data.max_prompt_tokens = {prompt}, is more than the {positions} positions of {init}: "
             f"keep their sum at {positions} or below",
         )
+    original = _original_positions(model)
+    if original and prompt + response > original:
+        raise SettingError(
+            "rollout.max_new_tokens",
+            f"{response}, with data.max_prompt_tokens = {prompt}, is more than the {original} positions of {init} for "
+            f"which its rotary embedding stays the same: keep their sum at {original} or below",
+        )
+
+
+def _plan_problem(model_type: object) -> str | None:
+    """Why a model of this type cannot be split over ranks, or None (also where that cannot be seen here)."""
+    # Imported here: it takes seconds, which a run without tensor parallelism should not spend.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    try:
+        plan_for(model_type, getattr(CONFIG_MAPPING[model_type], "base_model_tp_plan", None))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _original_positions(model: dict[str, Any]) -> int | None:
+    """Past these positions a "longrope" model has other frequencies for all of a row (see `replica.rotary_limit`)."""
+    for name in ("rope_parameters", "rope_scaling"):  # the second by older versions of `transformers`
+        rope = model.get(name)
+        if isinstance(rope, dict) and "longrope" in (rope.get("rope_type"), rope.get("type")):
+            return config_number({**rope, **model}, "original_max_position_embeddings")
+    return None
 
 
 def _heads_split(heads: int, kv_heads: int, tp: int) -> bool:

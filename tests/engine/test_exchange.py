@@ -116,11 +116,7 @@ def shift_in_buckets(world: World, folder: str, bucket_bytes: int, dtype: torch.
         assert len(shift.plan.buckets) > {64 << 20: 0, 4096: 1, 136: 50}[bucket_bytes]
         wrong = 0
         for name, whole in gathered_parameters(policy.module):
-            split = replica.layout.splits[name]
-            if split.dim is not None:
-                low, high = split.ranges[world.rank]
-                whole = whole.narrow(split.dim, low, high - low)
-            wrong += not torch.equal(whole, replica.slices[name])
+            wrong += not torch.equal(replica.layout.splits[name].cut(whole, world.rank), replica.slices[name])
     return wrong, policy.shift_bytes, int(shift.plan.traffic().received[world.rank]) * dtype.itemsize
 
 

@@ -61,11 +61,7 @@ def replica_is_gathered(policy: HybridEngine) -> bool:
     assert replica is not None
     same = True
     for name, whole in gathered_parameters(policy.module):
-        split = replica.layout.splits[name]
-        if split.dim is not None:
-            low, high = split.ranges[replica.group.rank]
-            whole = whole.narrow(split.dim, low, high - low)
-        same &= torch.equal(whole, replica.slices[name])
+        same &= torch.equal(replica.layout.splits[name].cut(whole, replica.group.rank), replica.slices[name])
     return same
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gearshift.engine.layout import Split
 from gearshift.engine.placement import Placement
 from gearshift.engine.reshard import Item, Piece, ReshardPlan
+from gearshift.engine.split import Split
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -29,16 +29,25 @@ def repeated_ranges(heads: int, unit: int, tp_size: int) -> Ranges:
 
 
 @st.composite
+def matrices(draw: Any, tp_size: int) -> tuple[int, Ranges]:
+    """The size of one matrix in the split dimension, and each rank's range of it."""
+    if draw(st.booleans()):
+        heads, unit = draw(st.integers(1, tp_size)), draw(st.integers(1, 3))
+        return heads * unit, repeated_ranges(heads, unit, tp_size)
+    size = draw(st.integers(1, 7))
+    return size, uneven_ranges(size, tp_size)
+
+
+@st.composite
 def parameters(draw: Any, tp_size: int) -> tuple[tuple[int, ...], Split]:
+    """Of one to three dimensions, whole or split; a split one packs one to four matrices."""
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     dim = draw(st.one_of(st.none(), st.integers(0, len(shape) - 1)))
     if dim is None:
         return tuple(shape), Split()
-    if draw(st.booleans()):
-        heads, unit = draw(st.integers(1, tp_size)), draw(st.integers(1, 3))
-        shape[dim] = heads * unit
-        return tuple(shape), Split(dim, repeated_ranges(heads, unit, tp_size))
-    return tuple(shape), Split(dim, uneven_ranges(shape[dim], tp_size))
+    packed = draw(st.lists(matrices(tp_size), min_size=1, max_size=4))
+    shape[dim] = sum(size for size, _ in packed)
+    return tuple(shape), Split.packed(dim, packed)
 
 
 @st.composite
@@ -63,8 +72,8 @@ def wanted_slice(plan: ReshardPlan, name: str, rank: int) -> Tensor:
     split, whole = plan.splits[name], whole_tensor(plan, name)
     if split.dim is None:
         return whole
-    low, high = split.ranges[plan.placement.part(rank)]
-    return whole.narrow(split.dim, low, high - low)
+    rows = [i for low, high in split.ranges[plan.placement.part(rank)] for i in range(low, high)]
+    return whole.index_select(split.dim, torch.tensor(rows, dtype=torch.int64))
 
 
 def shards_of(plan: ReshardPlan, name: str) -> list[Tensor]:
@@ -98,7 +107,8 @@ def test_every_rank_gets_exactly_its_slices(case: tuple[ReshardPlan, int]) -> No
                 shards = shards_of(plan, item.name)
                 for sender in range(plan.placement.ranks):
                     pieces = plan.pieces(item, sender, receiver)
-                    assert len(pieces) <= 3
+                    split = plan.splits[item.name]
+                    assert len(pieces) <= 3 * max(1, len(split.ranges[0]) if split.ranges else 1)
                     for piece in pieces:
                         move(piece, shards[sender], plan.shard(item.name, sender)[0], flat[item.name])
                     arriving += sum(piece.elements for piece in pieces) if sender != receiver else 0
@@ -168,7 +178,11 @@ def test_bytes_of_a_layer_are_the_formula() -> None:
     """
     size = 16
     shapes: dict[str, tuple[int, ...]] = {"column": (size, size), "row": (size, size), "whole": (size,)}
-    splits = {"column": Split(0, uneven_ranges(size, 4)), "row": Split(1, uneven_ranges(size, 4)), "whole": Split()}
+    splits = {
+        "column": Split.plain(0, uneven_ranges(size, 4)),
+        "row": Split.plain(1, uneven_ranges(size, 4)),
+        "whole": Split(),
+    }
     plan = ReshardPlan.build(shapes, splits, Placement(4, 4, 4))
     moved = size * size // 4 * 3 // 4 + size * 3 // 4
     assert plan.traffic().received.tolist() == [moved] * 4
@@ -193,7 +207,7 @@ def test_the_order_of_ranks_on_one_host_moves_least() -> None:
     Groups of consecutive ranks, as they are laid out over several hosts, would leave two ranks with nothing of theirs.
     """
     shapes: dict[str, tuple[int, ...]] = {"column": (16, 16)}
-    splits = {"column": Split(0, uneven_ranges(16, 2))}
+    splits = {"column": Split.plain(0, uneven_ranges(16, 2))}
 
     def received(per_host: int) -> list[int]:
         found: list[int] = ReshardPlan.build(shapes, splits, Placement(4, 2, per_host)).traffic().received.tolist()
@@ -207,22 +221,32 @@ def test_the_order_of_ranks_on_one_host_moves_least() -> None:
 LLAMA_70B, LLAMA_405B = (8192, 28672, 80, 8), (16384, 53248, 126, 8)
 
 
-def llama(hidden: int, intermediate: int, layers: int, kv_heads: int, tp_size: int) -> tuple[dict[str, Any], Any]:
-    """Shapes and splits as `TensorParallelLayout` gives them."""
-    one: dict[str, tuple[tuple[int, ...], int | None]] = {
-        "q": ((hidden, hidden), 0), "k": ((kv_heads * 128, hidden), 0), "v": ((kv_heads * 128, hidden), 0),
-        "o": ((hidden, hidden), 1), "gate": ((intermediate, hidden), 0), "up": ((intermediate, hidden), 0),
-        "down": ((hidden, intermediate), 1), "norm": ((hidden,), None), "post_norm": ((hidden,), None),
-    }  # fmt: skip
+def llama(
+    hidden: int, intermediate: int, layers: int, kv_heads: int, tp_size: int, fused: bool
+) -> tuple[dict[str, Any], dict[str, Split]]:
+    """Shapes and splits as `TensorParallelLayout` gives them; `fused`: as Phi-3 has them, with qkv and gate_up."""
+    key = kv_heads * 128
+    packs = {"qkv": [hidden, key, key], "gate_up": [intermediate] * 2} if fused else {
+        "q": [hidden], "k": [key], "v": [key], "gate": [intermediate], "up": [intermediate]}  # fmt: skip
+    rows = {"o": (hidden, hidden), "down": (hidden, intermediate)}
+
+    def packed(sizes: list[int]) -> tuple[tuple[int, ...], Split]:
+        return (sum(sizes), hidden), Split.packed(0, [(size, uneven_ranges(size, tp_size)) for size in sizes])
+
+    one = {name: packed(sizes) for name, sizes in packs.items()}
+    one |= {name: (shape, Split.plain(1, uneven_ranges(shape[1], tp_size))) for name, shape in rows.items()}
+    one |= {"norm": ((hidden,), Split()), "post_norm": ((hidden,), Split())}
     named = {f"layers.{i}.{name}": value for i in range(layers) for name, value in one.items()}
-    named |= {"embed": ((128_256, hidden), 0), "head": ((128_256, hidden), 0), "norm": ((hidden,), None)}
-    splits = {n: Split() if d is None else Split(d, uneven_ranges(s[d], tp_size)) for n, (s, d) in named.items()}
-    return {name: shape for name, (shape, _) in named.items()}, splits
+    named |= {"embed": packed([128_256]), "head": packed([128_256]), "norm": ((hidden,), Split())}
+    return {name: shape for name, (shape, _) in named.items()}, {name: split for name, (_, split) in named.items()}
 
 
 @pytest.mark.parametrize(("size", "ranks", "billions"), [(LLAMA_70B, 64, 70.6), (LLAMA_405B, 1024, 405.8)])
-def test_a_plan_for_a_large_model_is_small(size: tuple[int, int, int, int], ranks: int, billions: float) -> None:
-    shapes, splits = llama(*size, tp_size=8)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_plan_for_a_large_model_is_small(
+    size: tuple[int, int, int, int], ranks: int, billions: float, fused: bool
+) -> None:
+    shapes, splits = llama(*size, tp_size=8, fused=fused)
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.1)
     seconds = []
     for _ in range(5):
@@ -245,6 +269,16 @@ def test_a_plan_for_a_large_model_is_small(size: tuple[int, int, int, int], rank
     assert max(peaks) <= 4 * (16 << 20)
     assert min(peaks) > 3 * (16 << 20)
     assert len(plan.buckets) < 1.5 * traffic.received.mean() / (16 << 20)
+
+
+def test_a_packed_split_is_cut_from_each_matrix() -> None:
+    """[queries 8 | keys 4 | values 4] over 4 ranks, with two key/value heads of two rows that ranks share."""
+    split = Split.packed(0, [(8, uneven_ranges(8, 4)), *[(4, repeated_ranges(2, 2, 4))] * 2])
+    whole = torch.arange(16)
+    assert split.cut(whole, 1).tolist() == [2, 3, 8, 9, 12, 13]
+    assert split.cut(whole, 3).tolist() == [6, 7, 10, 11, 14, 15]
+    assert split.shape((16, 5), 3) == (6, 5)
+    assert Split().cut(whole, 1) is whole
 
 
 @pytest.mark.parametrize(("ranks", "tp_size", "per_host"), [(8, 2, 8), (8, 4, 4), (8, 8, 4), (4, 1, 4)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gearshift.engine import HybridEngine, Sampling, Training, World
 from gearshift.engine.sharded import zero_shards
-from tests.engine.test_hybrid import _replica_is_gathered, nll, some_prompts
+from tests.engine.test_hybrid import nll, replica_is_gathered, some_prompts
 from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
 
@@ -71,7 +71,7 @@ def train_and_shift(policy: HybridEngine) -> dict[str, Any]:
         with counted_wire() as wire, policy.rollout():
             after = [p.ds_tensor for p in policy.module.parameters()]
             found["untouched"].append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
-            found["same"].append(_replica_is_gathered(policy))
+            found["same"].append(replica_is_gathered(policy))
         assert policy._shift is not None
         bound = policy._shift.plan.traffic().received[policy.world.rank] * policy.dtype.itemsize
         found["bytes"].append((sum(wire), policy.shift_bytes, int(bound)))
@@ -194,7 +194,7 @@ def alternate(world: World, folder: str, tp_size: int, times: int) -> dict[str, 
         before = [p.ds_tensor.clone() for p in policy.module.parameters()]
         with policy.rollout() as generator:
             rollouts = generator.generate(mine, Sampling(8, eos_ids=(2,), seed=turn))
-            found["same"].append(_replica_is_gathered(policy))
+            found["same"].append(replica_is_gathered(policy))
         after = (p.ds_tensor for p in policy.module.parameters())
         found["untouched"].append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
         gap = (policy.logprobs(rollouts) - rollouts.logprobs) * rollouts.mask
@@ -277,7 +277,7 @@ def in_turns(world: World, folder: str, keep_weights: bool) -> dict[str, Any]:
         found["between"].append(live_bytes())
         with policy.rollout():
             found["received"].append(policy.shift_bytes)
-            assert _replica_is_gathered(policy)
+            assert replica_is_gathered(policy)
         train(policy, turn)
     found["weights"] = sum(t.nbytes for t in policy._replica.slices.values())  # type: ignore[union-attr]
     found["buffers"] = policy._shift.buffers.bytes  # type: ignore[union-attr]

@@ -169,6 +169,17 @@ WRONG = [
         "odd-keys",
         "rollout.tp_size: 2 does not divide the 6 attention heads (3 for keys) of odd-keys: use 1",
     ),
+    ("policy.init", "three-gpt2-heads", "rollout.tp_size: 2 does not divide the 3 attention heads (3 for keys)"),
+    (
+        "policy.init",
+        "planless",
+        "rollout.tp_size: biogpt: neither transformers nor Gearshift has a tensor-parallel plan",
+    ),
+    (
+        "policy.init",
+        "longrope",
+        "rollout.max_new_tokens: 1024, with data.max_prompt_tokens = 1024, is more than the 2000 positions of longrope",
+    ),
     ("reward.init", "sft", "reward.init: sft is a LlamaForCausalLM, not a reward model"),
     (
         "reward.init",
@@ -209,6 +220,10 @@ def test_what_is_wrong_with_ppo(here: Path, setting: str, value: Any, says: str)
     model_folder(here / "short", max_position_embeddings=512)
     model_folder(here / "three-heads", num_attention_heads=3)
     model_folder(here / "odd-keys", num_attention_heads=6, num_key_value_heads=3)
+    model_folder(here / "three-gpt2-heads", model_type="gpt2", num_attention_heads=None, n_head=3)
+    model_folder(here / "planless", model_type="biogpt")
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 2000}
+    model_folder(here / "longrope", model_type="phi3", rope_parameters=rope)
     model_folder(here / "foreign", {"a": 0, "c": 1}, architectures=["LlamaForSequenceClassification"])
     model_folder(here / "foreign-lm", {"a": 0, "c": 1})
     Path("unasked.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
@@ -376,6 +391,8 @@ def test_what_must_simply_pass(here: Path) -> None:
     # Fewer key heads than ranks are repeated.
     model_folder(here / "one-key", num_attention_heads=4, num_key_value_heads=1)
     load("ppo", write(changed(example("ppo"), "policy.init", "one-key")), ranks=2)
+    model_folder(here / "opt", model_type="opt", num_attention_heads=4)
+    load("ppo", write(changed(example("ppo"), "policy.init", "opt")), ranks=2)
 
 
 @pytest.mark.parametrize("command", CONFIGS)
