@@ -110,14 +110,7 @@ def gather(policy: HybridEngine, groups: Sequence[Sequence[str]], slices: dict[s
     for names in groups:
         with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
             for name in names:
-                slices[name].copy_(cut(parameters[name].data, splits[name], part))
-
-
-def cut(whole: Tensor, split: Any, part: int) -> Tensor:
-    if split.dim is None:
-        return whole
-    low, high = split.ranges[part]
-    return whole.narrow(split.dim, low, high - low)
+                slices[name].copy_(splits[name].cut(parameters[name].data, part))
 
 
 def by_layer(module: nn.Module) -> list[list[str]]:

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from gearshift.engine.layout import Split
 from gearshift.engine.moves import Exchange, Move, exchanges, held_moves, progressions
 from gearshift.engine.placement import Placement
 from gearshift.engine.reshard import ReshardPlan
+from gearshift.engine.split import Split
 from tests.engine.test_reshard import LLAMA_70B, llama, plans, shards_of, uneven_ranges, wanted_slice, whole_tensor
 
 
@@ -76,7 +76,11 @@ def test_what_is_moved_is_what_the_plan_says(case: tuple[ReshardPlan, int]) -> N
 
 def test_parameters_that_are_held_whole_do_not_travel() -> None:
     shapes: dict[str, tuple[int, ...]] = {"norm": (5,), "bias": (7,), "matrix": (6, 4)}
-    splits = {"norm": Split(), "bias": Split(0, uneven_ranges(7, 2)), "matrix": Split(1, uneven_ranges(4, 2))}
+    splits = {
+        "norm": Split(),
+        "bias": Split.plain(0, uneven_ranges(7, 2)),
+        "matrix": Split.plain(1, uneven_ranges(4, 2)),
+    }
     plan = ReshardPlan.build(shapes, splits, Placement(4, 2, 4), 100, held=["norm", "bias"])
     matrix = ReshardPlan.build({"matrix": (6, 4)}, splits, Placement(4, 2, 4), 100)
     assert plan.buckets == matrix.buckets
@@ -92,7 +96,7 @@ def test_parameters_that_are_held_whole_do_not_travel() -> None:
 @pytest.mark.parametrize("rank", [0, 37])
 def test_a_rank_among_64_makes_few_copies(rank: int) -> None:
     """Llama-3-70B, TP 8: a layer has two matrices split over their inputs, of which every rank sends to all others."""
-    shapes, splits = llama(*LLAMA_70B, tp_size=8)
+    shapes, splits = llama(*LLAMA_70B, tp_size=8, fused=False)
     found = exchanges(ReshardPlan.build(shapes, splits, Placement(64, 8, 8), 32 << 20), rank)
     copies = sum(len(moves) for e in found for moves in (e.send, e.local, e.receive))
     blocks = sum(1 for e in found for counts in (e.sent, e.received) for n in counts if n)
@@ -111,7 +115,7 @@ def test_progressions() -> None:
 def test_sizes_of_a_peak() -> None:
     """Two of each buffer, one where there is a single exchange, none for a rank alone."""
     shapes: dict[str, tuple[int, ...]] = {"a": (8, 8), "b": (8, 8)}
-    splits = {"a": Split(1, uneven_ranges(8, 2)), "b": Split(1, uneven_ranges(8, 2))}
+    splits = {"a": Split.plain(1, uneven_ranges(8, 2)), "b": Split.plain(1, uneven_ranges(8, 2))}
     for bucket, buffers, moved in ((16, 2, 16), (1000, 1, 32)):  # a rank sends and receives a quarter of each
         plan = ReshardPlan.build(shapes, splits, Placement(2, 2, 2), bucket)
         assert plan.buffers == buffers

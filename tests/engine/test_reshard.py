@@ -193,7 +193,11 @@ def test_bytes_of_replicas_on_one_host_are_the_formula(ranks: int, tp_size: int)
     """ENGINE's: columns (1/t − 1/N), rows (1/t)(1 − 1/N), whole tensors 1 − 1/N, with tp_rank = r·t // N."""
     size, n, t = 32, ranks, tp_size
     shapes: dict[str, tuple[int, ...]] = {"column": (size, size), "row": (size, size), "whole": (size, size)}
-    splits = {"column": Split(0, uneven_ranges(size, t)), "row": Split(1, uneven_ranges(size, t)), "whole": Split()}
+    splits = {
+        "column": Split.plain(0, uneven_ranges(size, t)),
+        "row": Split.plain(1, uneven_ranges(size, t)),
+        "whole": Split(),
+    }
     traffic = ReshardPlan.build(shapes, splits, Placement(n, t, n)).traffic()
     numel = size * size
     expected = numel * (n - t) // (n * t) + numel * (n - 1) // (n * t) + numel * (n - 1) // n
@@ -250,9 +254,9 @@ def test_a_plan_for_a_large_model_is_small(
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.1)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         ReshardPlan.build(shapes, splits, Placement(ranks, 8, 8)).traffic()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) <= 0.5
     tracemalloc.start()
     plan = ReshardPlan.build(shapes, splits, Placement(ranks, 8, 8))
