@@ -17,7 +17,7 @@ from gearshift.engine.offload import OptimizerState
 from gearshift.engine.replica import Replica
 from gearshift.engine.reshard import ReshardPlan
 from gearshift.engine.settings import check_shift
-from gearshift.engine.sharded import held_names, zero_shards
+from gearshift.engine.sharded import check_shards, held_names, zero_shards
 from gearshift.engine.shift import Shift
 
 
@@ -45,6 +45,7 @@ class HybridEngine(CausalModel):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        check_shards(self.module, self.world.size)
         self.group = TensorParallelGroup(self.world, tp_size)
         self.slots, self.bucket_bytes, self.keep_weights = slots, bucket_bytes, keep_weights
         self.shift_seconds = self.allocation_seconds = self.offload_seconds = 0.0

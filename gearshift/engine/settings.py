@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -135,34 +134,40 @@ def _refuse_owned_keys(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-# zero_optimization keys with which shards are not what the plan of a shift takes them to be: why, from which value on.
-UNSHIFTABLE: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "zero_hpz_partition_size": ("weights in a second partition (hpZ) are not supported", lambda size: size > 1),
-    "mics_shard_size": ("weights cut over some of the ranks only (MiCS) are not supported", lambda size: size > 0),
-    "zero_quantized_weights": ("training would see rounded weights, and rollouts the exact ones", bool),
-    "zero_quantized_nontrainable_weights": ("frozen weights in fewer bits are not supported", bool),
-    "offload_param": (
-        "weights on NVMe are not supported: use device: cpu",
-        lambda section: section.get("device") == "nvme",
-    ),
-}
-
-
 def check_shift(deepspeed: dict[str, Any], offload_optimizer: bool) -> None:
-    """Raises SettingError for a `deepspeed:` section with which rollouts would not work.
-
-    `offload_optimizer`: that of the rollout section.
-    """
-    zero = deepspeed.get("zero_optimization") or {}
-    for key, (problem, refused) in UNSHIFTABLE.items():
-        if zero.get(key) and refused(zero[key]):
-            raise SettingError(f"deepspeed.zero_optimization.{key}", f"in rollouts {problem}; leave it out")
-    if offload_optimizer and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    """Raises SettingError for a `deepspeed:` section under which shards are not what the plan of a shift takes them to
+    be, or optimizer state cannot move as `rollout.offload_optimizer` says."""
+    zero = _section(deepspeed, "zero_optimization")
+    for key, refused, why in (
+        (
+            "zero_hpz_partition_size",
+            zero.get("zero_hpz_partition_size") not in (None, 0, 1),
+            "a second partition (hpZ)",
+        ),
+        (
+            "mics_shard_size",
+            zero.get("mics_shard_size") not in (None, -1, 0),
+            "weights cut over some ranks only (MiCS)",
+        ),
+        # Training would see rounded weights, and rollouts the exact ones.
+        ("zero_quantized_weights", zero.get("zero_quantized_weights"), "quantized weights"),
+        ("zero_quantized_nontrainable_weights", zero.get("zero_quantized_nontrainable_weights"), "quantized weights"),
+        ("offload_param", _section(zero, "offload_param").get("device") == "nvme", "weights on NVMe (use device: cpu)"),
+    ):
+        if refused:
+            raise SettingError(f"deepspeed.zero_optimization.{key}", f"rollouts do not support {why}: leave it out")
+    if offload_optimizer and _section(zero, "offload_optimizer").get("device", "none") != "none":
         raise SettingError(
             "rollout.offload_optimizer",
             "deepspeed.zero_optimization.offload_optimizer keeps the optimizer's state on the host at all times: "
             "leave out one of the two",
         )
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Empty where it is not there, or no section: DeepSpeed's own to say."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 # Merged verbatim into DeepSpeed's own config.

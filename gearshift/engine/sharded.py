@@ -9,6 +9,21 @@ import torch.distributed as dist
 
 from gearshift.engine.adapters import is_adapter, merged_weights, plain_name
 from gearshift.engine.shift import Shards
+from gearshift.errors import UserError
+
+
+def check_shards(module: Any, ranks: int) -> None:
+    """Raises UserError for a model that the plan of a shift would not fit."""
+    dtypes = {parameter.ds_tensor.dtype for parameter in module.parameters()}
+    if len(dtypes) > 1:
+        raise UserError(f"rollouts need parameters of one type; these have {', '.join(sorted(map(str, dtypes)))}")
+    for name, parameter in module.named_parameters():
+        held, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
+        if held != -(-whole // ranks):
+            raise UserError(
+                f"rollouts need parameters that are cut over all {ranks} ranks; of {name} each has {held} of {whole} "
+                "elements: leave sequence_parallel_size, tensor_parallel and the like out of the deepspeed section"
+            )
 
 
 def held_names(module: Any) -> set[str]:

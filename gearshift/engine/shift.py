@@ -39,7 +39,7 @@ class Shift:
 
     def __init__(self, plan: ReshardPlan, world: World, slices: Mapping[str, Tensor]):
         self.plan = plan
-        dtype = next(iter(slices.values())).dtype
+        (dtype,) = {tensor.dtype for tensor in slices.values()}
         lengths = int(plan.largest_sent[world.rank]), int(plan.largest_received[world.rank])
         out, into = ([torch.empty(n, dtype=dtype, device=world.device) for _ in range(plan.buffers)] for n in lengths)
         self.buffers = Releasable([*out, *into])
@@ -57,14 +57,14 @@ class Shift:
         """Collective over the world."""
         self.buffers.restore()
         _copy(shards.whole, self._held)
-        for bucket in self._buckets[:1]:
-            bucket.send(shards.own)
-        for number, local in enumerate(self._local):
-            for bucket in self._buckets[number + 1 : number + 2]:
-                bucket.send(shards.own)
+        following = iter(self._buckets)
+        on_wire = _send(next(following, None), shards)
+        for local in self._local:
+            packed = _send(next(following, None), shards)
             _copy(shards.own, local)
-            for bucket in self._buckets[number : number + 1]:
-                bucket.receive()
+            if on_wire is not None:
+                on_wire.receive()
+            on_wire = packed
         received = [(n, rank) for bucket in self._buckets for rank, n in enumerate(bucket.received)]
         return Moved(sum(n for n, _ in received), sum(n for n, rank in received if self._elsewhere[rank]))
 
@@ -101,6 +101,12 @@ class _Bucket:
         self._work = None
         for source, dest in self._receive:
             dest.copy_(source)
+
+
+def _send(bucket: _Bucket | None, shards: Shards) -> _Bucket | None:
+    if bucket is not None:
+        bucket.send(shards.own)
+    return bucket
 
 
 def _into(slices: Mapping[str, Tensor], moves: list[Move]) -> Copies:

@@ -129,6 +129,7 @@ def _check_unread(config: CompareConfig) -> None:
         ("data.train", config.data.train),
         ("ptx.data", config.ptx.data),
         ("ptx.coef", config.ptx.coef),
+        ("rollout.offload_optimizer", config.rollout.offload_optimizer),
     ):
         if value:
             raise SettingError(field, "gearshift compare trains nothing, so it would not be read: leave it out")

@@ -95,6 +95,16 @@ WRONG = [
     ("deepspeed.train_batch_size", 8, "deepspeed.train_batch_size: this key is Gearshift's: set ppo.batch_size or"),
     ("deepspeed.zero_optimization.stage", 2, "deepspeed.zero_optimization.stage: this key is Gearshift's"),
     ("deepspeed.fp16", {"enabled": True}, "deepspeed.fp16: this key is Gearshift's: fp16 is not supported"),
+    (
+        "deepspeed.zero_optimization.zero_hpz_partition_size",
+        2,
+        "deepspeed.zero_optimization.zero_hpz_partition_size: rollouts do not support a second partition (hpZ)",
+    ),
+    (
+        "deepspeed.zero_optimization.offload_param",
+        {"device": "nvme", "nvme_path": "swap"},
+        "deepspeed.zero_optimization.offload_param: rollouts do not support weights on NVMe (use device: cpu)",
+    ),
     ("run.ranks", 4, "run.ranks: 4, but the launcher starts 2 processes: leave run.ranks out"),
     ("rollout.top_k", 0, "rollout.top_k: should be greater than or equal to 1, not 0"),
     ("rollout.top_p", 0.0, "rollout.top_p: should be greater than 0, not 0.0"),
