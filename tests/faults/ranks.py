@@ -42,7 +42,7 @@ def _rank(rank: int, size: int, port: int, log: Path, function: Callable[..., An
 
 
 def run_ranks(
-    log: Path, function: Callable[..., Any], *args: Any, size: int = 2, alone: float = 1.0, timeout: float = 240.0
+    log: Path, function: Callable[..., Any], *args: Any, size: int = 2, alone: float = 0.2, timeout: float = 240.0
 ) -> list[int]:
     """Exit codes (minus the signal's number for a killed rank) of `function(world, *args)` on `size` ranks.
 

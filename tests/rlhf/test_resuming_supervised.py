@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from gearshift.engine import World
 from gearshift.engine.checkpoints.manifest import Manifest
-from gearshift.errors import Paused
+from gearshift.errors import Paused, UserError
 from gearshift.launch.config import validate
 from gearshift.rlhf.language import pretrain, sft
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.reward import reward
+from tests.engine.checkpoints.steps import flip
 from tests.rlhf.test_language import MODEL
 from tests.rlhf.test_resuming import changed, weights, without_clocks
 from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, save_policy, text_rows, write_jsonl
@@ -104,3 +106,39 @@ def test_a_signal_to_one_rank_saves_on_all(two_ranks: WorkerGroup, tmp_path: Pat
     resumed = two_ranks.run(run_stage, "sft", changed(values, checkpoint={"resume": "auto"}))[0]
     assert without_clocks(resumed.metrics) == without_clocks(metrics[3:])
     assert weights(tmp_path / "data/run") == weights(tmp_path / "whole")
+
+
+def lines_of_resume(world: World, values: dict[str, Any]) -> tuple[int, list[str]]:
+    """The step that SFT goes on from and what it says of the checkpoints; or -1 and why it does not."""
+    report = Recorder()
+    try:
+        sft(validate("sft", values), report)  # type: ignore[arg-type]
+    except UserError as error:
+        return -1, [str(error)]
+    return report.done, [line for line in report.lines if line.startswith("resume ")]
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_passed_over(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    """Or refused; and when no other is whole, nothing starts from step 0."""
+    (tmp_path / "data").mkdir()
+    values = changed(stage_values("sft", tmp_path / "data"), train={"epochs": 3})
+    run, whole = tmp_path / "data/run", tmp_path / "whole"
+    two_ranks.run(run_stage, "sft", values)
+    shutil.copytree(run / "model", whole / "model")
+    *_, before, last = sorted((run / "checkpoints").glob("step-*"))
+    damaged = next(last.glob("model/*rank_1*optim_states.pt"))
+    flip(damaged, 5000)
+    told = f"{damaged}: is damaged: its SHA-256 is not that of what was written"
+    refused = changed(values, checkpoint={"resume": "auto", "damaged": "refuse"})
+    for done, lines in two_ranks.run(lines_of_resume, refused):
+        assert done == -1
+        assert lines[0].startswith(told)
+    for done, lines in two_ranks.run(lines_of_resume, changed(values, checkpoint={"resume": "auto"})):
+        assert done == int(before.name.removeprefix("step-"))
+        assert lines == [f"resume       {told}", f"resume       {before}: {done} steps done"]
+    assert weights(run) == weights(whole)
+    for step in (run / "checkpoints").glob("step-*"):
+        (step / "manifest.json").unlink()
+    for done, lines in two_ranks.run(lines_of_resume, changed(values, checkpoint={"resume": "auto"})):
+        assert done == -1
+        assert "there is no whole checkpoint to resume from" in lines[0]
