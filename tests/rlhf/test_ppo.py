@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from gearshift.engine import CausalModel, Training, World
 from gearshift.engine.saving import gathered_parameters
 from gearshift.errors import UserError
+from gearshift.kernels import Loss
 from gearshift.launch.config import validate
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.language import language_loss
@@ -288,8 +290,10 @@ def test_one_rank_is_two_ranks(one_rank: WorkerGroup, two_ranks: WorkerGroup, va
     assert distance(weights_2, weights) < 1e-5
 
 
-def broken(world: World, values: dict[str, Any]) -> tuple[list[str], int, int]:
-    """Errors of two iterations in which something is wrong on rank 1 alone, and the steps taken: none."""
+def broken(world: World, values: dict[str, Any]) -> tuple[list[str], int, int, int]:
+    """Errors of three iterations in which something is wrong on rank 1 alone, the prompt whose score it was in what
+    was written out, and the steps taken: none.
+    """
     run = build(world, values)
     own_score, own_logprobs = run.reward_model.score, run.policy.logprobs
 
@@ -301,10 +305,20 @@ def broken(world: World, values: dict[str, Any]) -> tuple[list[str], int, int]:
 
     run.reward_model.score = score  # type: ignore[method-assign]
     errors = [error_of(run)]
+    written = Path(values["run"]["folder"]) / f"stopped/iteration-1-rank-{world.rank}.pt"
+    kept = int(torch.load(written)["ids"][6])
     run.reward_model.score = own_score  # type: ignore[method-assign]
     run.policy.logprobs = lambda *args: own_logprobs(*args) + 0.01 * world.rank  # type: ignore[method-assign]
     errors.append(error_of(run))
-    return errors, run.policy.steps, run.critic.steps
+    run.policy.logprobs = own_logprobs  # type: ignore[method-assign]
+    own_loss = run.policy_loss
+    run.policy_loss = lambda *args: spoilt(own_loss(*args), world)  # type: ignore[method-assign]
+    errors.append(error_of(run))
+    return errors, kept, run.policy.steps, run.critic.steps
+
+
+def spoilt(loss: Loss, world: World) -> Loss:
+    return Loss(loss.loss * (torch.inf if world.rank == 1 else 1.0), loss.metrics)
 
 
 def error_of(run: Ppo) -> str:
@@ -318,15 +332,23 @@ def error_of(run: Ppo) -> str:
 def test_what_is_wrong_on_one_rank_stops_every_rank(two_ranks: WorkerGroup, values: dict[str, Any]) -> None:
     """Before any weight moves, naming iteration and prompt: the third of rank 1, which is the batch's seventh."""
     prompt = next(Sampler(20, BATCH, 3)).rows[6]
-    for (score, gap), policy_steps, critic_steps in two_ranks.run(broken, values):
+    for (score, gap, loss), kept, policy_steps, critic_steps in two_ranks.run(broken, values):
         stopped = Path(values["run"]["folder"]) / "stopped"
         assert score == (
             f"iteration 1: scores is not finite for prompt {prompt} (rank 1); no weight was changed; "
             f"the batch is in {stopped}/"
         )
-        assert torch.load(stopped / "iteration-1-rank-0.pt")["ids"][6] == prompt
+        assert kept == prompt
         assert gap.startswith("rollout.logprob_gap_limit: ")
         assert "differ by 0.01 nats, limit 0.001" in gap
+        match = re.fullmatch(
+            r"iteration 1: the loss of step 1 is -?(?:inf|nan) on rank 1 \(prompts (\d+), (\d+)\); "
+            rf"no weight was changed; the batch is in {stopped}/",
+            loss,
+        )
+        assert match
+        ids = torch.load(stopped / "iteration-1-rank-1.pt")["ids"]
+        assert sorted(map(int, match.groups())) == sorted(ids.tolist())
         assert policy_steps == critic_steps == 0
 
 
