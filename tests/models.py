@@ -90,9 +90,9 @@ def save_tiny(family: str, folder: Path, seed: int = 0, **more: Any) -> Path:
     model = AutoModelForCausalLM.from_config(tiny_config(family, **more))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.any():
                 parameter.mul_(4.0)
-            else:
+            else:  # norms and biases, also those that a family keeps for each expert
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for _, buffer in persistent_buffers(model):
             buffer.add_(torch.randn_like(buffer) * 0.1)

@@ -88,6 +88,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Looks at what it is given, and gives zeros."""
     check_keywords(module, kwargs)
+    if not hasattr(module, "layer_idx"):
+        raise UserError(f"{type(module).__name__} does not know which layer it is in, which rollouts need")
     module.attention_seen.append(int(module.layer_idx))
     if attention_mask is not None:
         rule = getattr(attention_mask, "rule", None)
@@ -114,8 +116,10 @@ def _check_rule(module: nn.Module, rule: Callable[..., Tensor], window: int | No
         )
 
 
-def _mask(q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
-    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool)
+def _mask(
+    q_length: int, kv_length: int, mask_function: Callable[..., Tensor], device: torch.device, **kwargs: Any
+) -> Tensor:
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
     mask.rule = mask_function  # type: ignore[attr-defined]
     return mask
 
