@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine.adapters import is_adapter
 from gearshift.engine.checkpoints.shards import load
 from gearshift.engine.loading import build_on_meta
 from gearshift.engine.saving import MAX_FILE_BYTES, FileWriter, names_on_disk, replace_folder
@@ -53,6 +54,11 @@ def master_weights(model_folder: Path) -> Iterator[tuple[str, Tensor]]:
     of the last rank's part, what is past the parameter's end is padding.
     """
     shapes, flats = _shapes(model_folder), _flat_groups(model_folder)
+    if any(is_adapter(name) for parameters in shapes for name in parameters):
+        raise UserError(
+            f"{model_folder}: holds adapters (policy.lora) and not the weights that they are added to; finish the run, "
+            "which writes model/ with them merged, and adapter/"
+        )
     for group, parameters in enumerate(shapes):
         at = 0
         for name, shape in parameters.items():

@@ -6,15 +6,18 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gearshift.engine import CausalModel, TokenBatch, Training, World
 from gearshift.engine.checkpoints import files
+from gearshift.engine.checkpoints.exporting import master_weights
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.reading import newest, steps
 from gearshift.engine.checkpoints.writing import Checkpoints, versions
+from gearshift.engine.settings import LoraSettings
 from gearshift.errors import UserError
 from gearshift.rlhf.language import language_loss
 from tests.models import save_tiny
@@ -28,9 +31,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny("llama", tmp_path_factory.mktemp("model")))
 
 
-def build(world: World, init: str, dtype: torch.dtype) -> dict[str, CausalModel]:
+def build(world: World, init: str, dtype: torch.dtype, lora: LoraSettings | None = None) -> dict[str, CausalModel]:
     training = Training(1e-2, schedule=lambda step: 1 / (step + 1))
-    return {name: CausalModel.load(init, world, dtype=dtype, micro_batch_size=2, training=training) for name in MODELS}
+    settings: dict[str, Any] = {"dtype": dtype, "micro_batch_size": 2, "training": training, "lora": lora}
+    return {name: CausalModel.load(init, world, **settings) for name in MODELS}
 
 
 def train(world: World, models: dict[str, CausalModel], steps: range) -> list[float]:
@@ -60,13 +64,15 @@ def masters(models: dict[str, CausalModel]) -> list[torch.Tensor]:
     return tensors
 
 
-def interrupted(world: World, init: str, folder: str, dtype: torch.dtype) -> tuple[list[float], list[float], bool]:
+def interrupted(
+    world: World, init: str, folder: str, dtype: torch.dtype, lora: LoraSettings | None = None
+) -> tuple[list[float], list[float], bool]:
     """Five steps, saved after two; and three more from there by models built anew."""
-    models, checkpoints = build(world, init, dtype), Checkpoints(Path(folder), world, 2)
+    models, checkpoints = build(world, init, dtype, lora), Checkpoints(Path(folder), world, 2)
     train(world, models, range(2))
     checkpoints.save(step_of(world, 2), models)
     whole = train(world, models, range(2, 5))
-    again = build(world, init, dtype)
+    again = build(world, init, dtype, lora)
     step, problems = checkpoints.newest(refuse_damaged=True)
     assert problems == []
     checkpoints.load(step, again)
@@ -106,6 +112,15 @@ def test_a_resumed_model_goes_on_bit_for_bit(
         assert f"critic/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in names
         assert f"policy/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" in names
     assert not any(name.endswith(".py") for name in names)  # DeepSpeed's scripts that unpickle anything
+
+
+def test_adapters_go_on_bit_for_bit_and_are_not_exported(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
+    lora = LoraSettings(rank=2)
+    for whole, resumed, equal in two_ranks.run(interrupted, model, str(tmp_path), torch.float32, lora):
+        assert whole == resumed
+        assert equal
+    with pytest.raises(UserError, match=r"policy: holds adapters \(policy.lora\)"):
+        next(master_weights(tmp_path / "step-00000002/policy"))
 
 
 def failing(world: World, init: str, folder: str, rank: int, operation: str) -> str:
