@@ -5,6 +5,7 @@ Only small files and headers are read; what lies on the hub is left to the proce
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,16 +162,23 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
 
 def _plan_problem(model_type: object) -> str | None:
     """Why a model of this type cannot be split over ranks, or None (also where that cannot be seen here)."""
-    # Imported here: it takes seconds, which a run without tensor parallelism should not spend.
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or _transformers_has_a_plan(model_type) is not False:
         return None
     try:
-        plan_for(model_type, getattr(CONFIG_MAPPING[model_type], "base_model_tp_plan", None))
+        plan_for(model_type, None)
     except UserError as error:
         return str(error)
     return None
+
+
+def _transformers_has_a_plan(model_type: str) -> bool | None:
+    """Read off the source of its config class, since to import it takes seconds; None where there is no such file."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "models" / model_type.replace("-", "_")
+    sources = [path.read_text(encoding="utf-8") for path in folder.glob("configuration_*.py")]
+    return any("base_model_tp_plan" in source for source in sources) if sources else None
 
 
 def _original_positions(model: dict[str, Any]) -> int | None:
