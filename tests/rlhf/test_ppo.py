@@ -112,11 +112,12 @@ def test_two_iterations_end_to_end(two_ranks: WorkerGroup, values: dict[str, Any
         assert set(metrics) >= expected
         assert ("loss/ptx_avg" in metrics) == (coef > 0)
         assert all(math.isfinite(value) for value in metrics.values())
-        assert 0 < metrics["rollout/logprob_gap"] <= 1e-5
+        assert metrics["rollout/logprob_gap"] <= 1e-5
         assert metrics["objective/episodes"] == number * BATCH
         assert metrics["objective/kl_coef"] == 0.1
         assert 1 <= metrics["rollout/length"] <= 6
         assert metrics["timing/step"] >= sum(metrics[f"timing/{p}"] for p in ("generation", "shift", "score", "train"))
+    assert found[0]["rollout/logprob_gap"] > 0, "two ways of computing do not round alike in every token"
     check_start_and_rates(found)
     check_samples(first.rows)
     # Both ranks tell the same, but for what they measure with their own clocks.
