@@ -11,6 +11,7 @@
 
 #define LANES 16  /* rows of a vector */
 #define TILE 8    /* outputs of a tile: for two vectors of rows 16 sums, of the 32 registers that AVX-512 has */
+#define LINE 16   /* features of a cache line: the next tile's are asked for while this one's are multiplied */
 #define CHUNK 256 /* features summed at a time: sums of sums lose fewer digits than one long sum */
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
@@ -37,10 +38,15 @@ static inline __attribute__((always_inline)) void tile(
     for (int64_t begin = 0; begin < features; begin += CHUNK) {
         int64_t end = begin + CHUNK < features ? begin + CHUNK : features;
         lanes sums[2][TILE] = {0};
-        for (int64_t k = begin; k < end; k++)
+        for (int64_t line = begin; line < end; line += LINE) {
+            int64_t stop = line + LINE < end ? line + LINE : end;
             for (int o = 0; o < outputs; o++)
-                for (int b = 0; b < blocks; b++)
-                    sums[b][o] += weight[o * features + k] * columns[b * features + k];
+                __builtin_prefetch(weight + (outputs + o) * features + line);
+            for (int64_t k = line; k < stop; k++)
+                for (int o = 0; o < outputs; o++)
+                    for (int b = 0; b < blocks; b++)
+                        sums[b][o] += weight[o * features + k] * columns[b * features + k];
+        }
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < outputs; o++)
                 total[b][o] += sums[b][o];
