@@ -46,13 +46,19 @@ def flush_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """A file, or a folder with all that is in it; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():
-        for inner in sorted(path.iterdir()):
-            remove(inner)
+        remove_contents(path)
         _before("remove", path)
         path.rmdir()
     elif path.exists() or path.is_symlink():
         _before("remove", path)
         path.unlink()
+
+
+def remove_contents(folder: Path) -> None:
+    """All that is in a folder; no folder is fine."""
+    if folder.is_dir():
+        for inner in sorted(folder.iterdir()):
+            remove(inner)
 
 
 class DigestFile(io.RawIOBase):

@@ -61,8 +61,8 @@ class Checkpoints:
             self._fail(aside, error, sum(needed for _, needed, _ in parts))
 
     def clear(self) -> None:
-        """Removes every checkpoint: the run starts again."""
-        error = _told(lambda: files.remove(self.folder)) if self.world.is_main else None
+        """Removes every checkpoint: the run starts again. The folder itself stays: it may be a disk of its own."""
+        error = _told(lambda: files.remove_contents(self.folder)) if self.world.is_main else None
         if error := self._agreed(error):
             raise UserError(error)
 
