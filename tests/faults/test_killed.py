@@ -102,7 +102,7 @@ def test_killed_at_every_write_point(
     [
         ("Checkpoints._commit", 1, 0, 1),  # every shard is written, nothing is committed
         ("Checkpoints._gathered", 4, 1, 1),  # this rank's shards are written: the others wait for it
-        ("HybridEngine._shifted", 1, 0, 1),  # before the second rollout
+        ("HybridEngine._bring", 1, 0, 1),  # before the second rollout
         ("Ppo.logprob_gap", 1, 1, 1),  # after it
         ("HybridEngine.step", 6, 0, 1),  # four steps an iteration: between the epochs of the second
     ],
