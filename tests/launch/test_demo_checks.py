@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
 
 def failed(folder: Path) -> list[str]:
     found = check(folder)
-    assert len(found) == 10
-    assert len({one["name"] for one in found}) == 10
+    assert len(found) == 8
+    assert len({one["name"] for one in found}) == 8
     return [one["name"] for one in found if not one["passed"]]
 
 
@@ -74,8 +74,9 @@ def far_away(name: str) -> Callable[[Path], None]:
     return change
 
 
-def gap_in(name: str, gaps: Sequence[float] = (0.5, 1.01, 0.5)) -> Callable[[Path], None]:
+def gap_in(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
+        gaps = (0.5, 1.01, 0.5)  # one iteration alone is over
         write(folder / name / "metrics.jsonl", *[{"rollout/logprob_gap": g * checks.LOGPROB_GAP_BOUND} for g in gaps])
 
     return change
@@ -92,13 +93,8 @@ def gap_in(name: str, gaps: Sequence[float] = (0.5, 1.01, 0.5)) -> Callable[[Pat
         (too_close("ppo-ptx", 0.3), "true score of ppo-ptx above sft"),
         (far_away("ppo"), "ppo: mean KL per response, nats"),
         (far_away("ppo-ptx"), "ppo-ptx: mean KL per response, nats"),
-        (gap_in("ppo"), "ppo: gap of rollout and training log-probs, nats, in 19 of 20 iterations"),
-        (gap_in("ppo-ptx"), "ppo-ptx: gap of rollout and training log-probs, nats, in 19 of 20 iterations"),
-        (
-            gap_in("ppo", [0.5] * 18 + [1.01] * 2),
-            "ppo: gap of rollout and training log-probs, nats, in 19 of 20 iterations",
-        ),
-        (gap_in("ppo", [0.5] * 19 + [2.01]), "ppo: gap of rollout and training log-probs, nats, the largest"),
+        (gap_in("ppo"), "ppo: largest gap of rollout and training log-probs, nats"),
+        (gap_in("ppo-ptx"), "ppo-ptx: largest gap of rollout and training log-probs, nats"),
     ],
 )
 def test_one_claim_that_does_not_hold(folder: Path, spoil: Callable[[Path], None], name: str) -> None:
@@ -108,11 +104,6 @@ def test_one_claim_that_does_not_hold(folder: Path, spoil: Callable[[Path], None
 
 def test_a_difference_just_over_its_interval_is_enough(folder: Path) -> None:
     too_close("ppo", 0.4 + 0.0708)(folder)
-    assert failed(folder) == []
-
-
-def test_one_iteration_in_twenty_may_have_a_larger_gap(folder: Path) -> None:
-    gap_in("ppo", [0.5] * 19 + [1.99])(folder)
     assert failed(folder) == []
 
 
