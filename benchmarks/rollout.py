@@ -19,33 +19,29 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The repository in place of this folder, whose `kernels` would hide Hugging Face's package of that name.
 if sys.path[0] == str(Path(__file__).resolve().parent):
-    sys.path.pop(0)  # `kernels` of this folder would hide Hugging Face's package of that name from transformers
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks.kernels.command import DTYPES
+from benchmarks.llama import add_sizes, config_of, in_turn
 from gearshift.engine import HybridEngine, Prompts, Sampling, Training, World, init_distributed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    add_sizes(parser, hidden=384, layers=6, heads=6, vocabulary=8192)
     parser.add_argument("--prompts", type=int, default=16, help="over all ranks")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
     world = init_distributed()
@@ -57,29 +53,19 @@ def main() -> None:
         "gathered": lambda: gathered(policy, copy, prompts, options.new_tokens),
         "gearshift": lambda: gearshift(policy, prompts, options),
     }
-    seconds = measure(ways, options.repeats, world)
+    seconds = in_turn(ways, options.repeats, world)
     if world.is_main:
         report(options, world, policy, seconds)
 
 
 def build(options: argparse.Namespace, world: World) -> HybridEngine:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        max_position_embeddings=4096,
-    )
     return HybridEngine.load(
         "config",
         world,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
+        dtype=DTYPES[options.dtype],
         micro_batch_size=options.prompts,
         training=Training(learning_rate=1e-5),
-        config=config,
+        config=config_of(options),
         tp_size=world.size,
     )
 
@@ -121,22 +107,6 @@ def gearshift(policy: HybridEngine, prompts: Prompts, options: argparse.Namespac
     with policy.rollout() as generator:
         rollouts = generator.generate(prompts, Sampling(options.new_tokens, eos_ids=(), seed=policy.steps))
     assert int(rollouts.mask.sum()) == len(prompts) * options.new_tokens
-
-
-def measure(ways: dict[str, Callable[[], None]], repeats: int, world: World) -> dict[str, list[float]]:
-    """Seconds of each way, in turn A B C A B C ..., after one warm-up of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            dist.barrier()
-            start = time.perf_counter()
-            way()
-            if world.device.type != "cpu":
-                torch.accelerator.synchronize()
-            dist.barrier()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def report(options: argparse.Namespace, world: World, policy: HybridEngine, seconds: dict[str, list[float]]) -> None:

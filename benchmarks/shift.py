@@ -34,10 +34,10 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from benchmarks.kernels.command import DTYPES, device_name, versions
 from benchmarks.kernels.measuring import peak_bytes
+from benchmarks.llama import add_sizes, config_of
 from benchmarks.shift_plan import PRESETS, on_paper
 from gearshift.engine import HybridEngine, Training, World, init_distributed
 
@@ -47,15 +47,9 @@ WAYS = ("shift", "gathered", "layers")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_sizes(parser, hidden=768, layers=12, heads=12, vocabulary=32000)
     parser.add_argument("--tp", type=int, help="ranks of a tensor-parallel group; default: all, of a plan 8")
     parser.add_argument("--bucket-mb", type=int, default=64, help="most that a rank sends or receives at once, MiB")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file, and a PNG beside it")
     paper = parser.add_argument_group("the plan alone, without any process group")
@@ -74,22 +68,13 @@ def main() -> None:
 
 
 def build(options: argparse.Namespace, world: World) -> HybridEngine:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads or options.heads,
-    )
     return HybridEngine.load(
         "config",
         world,
         dtype=DTYPES[options.dtype],
         micro_batch_size=1,
         training=Training(learning_rate=1e-5, optimizer="sgd"),
-        config=config,
+        config=config_of(options),
         tp_size=options.tp or world.size,
         bucket_bytes=options.bucket_mb << 20,
     )

@@ -28,7 +28,7 @@ def main() -> None:
     report = Report("decode_attention", options)
     for rows in options.rows:
         once = step(rows)
-        variants = [Variant(TORCH, patch.object(native, "library", lambda: None)(once)), Variant(OURS, once)]
+        variants = [Variant(TORCH, patch.object(native, "built", lambda: None)(once)), Variant(OURS, once)]
         results = measure(variants, options.repeats, options.device, 0)
         shape = {"n": rows, "heads": HEADS, "kv_heads": KV_HEADS, "D": SIZE, "C": COLUMNS, "dtype": "float32"}
         report.add(shape, "forward", results, base=TORCH, same_as=TORCH)

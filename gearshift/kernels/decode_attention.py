@@ -88,7 +88,7 @@ def _attend(
 
 
 def _serves(*tensors: Tensor) -> bool:
-    return native.library() is not None and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    return native.built() is not None and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 class _Shape(ctypes.Structure):
@@ -110,17 +110,9 @@ def _through_library(
     assert values.is_contiguous()
     out = torch.empty(rows, heads, value.shape[2])
     shape = _Shape(heads, keys.shape[1], keys.shape[2], size, value.shape[2], window or 0, scaling, softcap or 0.0)
-    pointers = [x.data_ptr() for x in (query, key, value, keys, values, positions)]
-    rest = (ctypes.byref(shape), *pointers, None if sinks is None else sinks.data_ptr(), out.data_ptr())
-    if any(native.over_rows(lambda first, last: _compiled()(first, last, *rest), rows)):
+    pointers = map(native.pointer, (query, key, value, keys, values, positions, sinks, out))
+    rest = (ctypes.byref(shape), *pointers)
+    attend = native.function("decode_attention", "ii" + "p" * len(rest))
+    if any(native.over_rows(lambda first, last: attend(first, last, *rest), rows)):
         raise MemoryError(f"decode_attention: no memory for the scores of {keys.shape[2]} positions")
     return out
-
-
-@functools.cache
-def _compiled() -> ctypes._NamedFuncPointer:
-    library = native.library()
-    assert library is not None
-    function = library.gearshift_decode_attention
-    function.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 9
-    return function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -27,10 +26,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return _turned(x, weight, bias) if rows > 1 else linear(x, weight, bias)
     out = torch.empty(*x.shape[:-1], weight.shape[0])
     x = x.contiguous()
-    failed = _compiled()(
-        rows, weight.shape[1], weight.shape[0], x.data_ptr(), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
+    failed = native.function("few_rows_linear", "iiipppp")(
+        rows, weight.shape[1], weight.shape[0], *map(native.pointer, (x, weight, bias, out))
+    )
     if failed:
         raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {weight.shape[1]} features")
     return out
@@ -59,14 +57,4 @@ def _serves(weight: Tensor, bias: Tensor | None) -> bool:
 @functools.cache
 def has_wide_registers() -> bool:
     """Whether the compiled function is there and this processor is one that it was made for."""
-    library = native.library()
-    return library is not None and bool(library.gearshift_has_wide_registers())
-
-
-@functools.cache
-def _compiled() -> ctypes._NamedFuncPointer:
-    library = native.library()
-    assert library is not None
-    function = library.gearshift_few_rows_linear
-    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4
-    return function
+    return native.built() is not None and bool(native.function("has_wide_registers", "")())

@@ -33,7 +33,7 @@ def ppo_targets(
 ) -> Results:  # fmt: skip
     """`group` by its name. fp64 stays fp64."""
     dtype = checks.accumulation_dtype(logprobs, ref_logprobs, values, scores, kl)
-    way = through_torch if native.library() is None or dtype == torch.float64 else compiled
+    way = through_torch if native.built() is None or dtype == torch.float64 else compiled
     first, second, third, fourth = (x.to(dtype) for x in (logprobs, ref_logprobs, values, scores))
     given = None if kl is None else kl.to(dtype)
     return way(first, second, third, fourth, given, mask, kl_coef, estimator, gamma, lam, whiten, group)
@@ -54,39 +54,22 @@ def compiled(
     kl_coef: float, estimator: str, gamma: float, lam: float, whiten: bool, group: str | None,
 ) -> Results:  # fmt: skip
     """Every sequence is read once, and its sums are in fp64; rows are shared out among threads."""
-    library = native.library()
-    assert library is not None
     rows, length = mask.shape
     inputs = [None if x is None else x.contiguous() for x in (logprobs, ref_logprobs, values, mask, scores, kl)]
     rewards, kls, advantages, returns = outputs = [torch.empty(rows, length) for _ in range(4)]
     moments = torch.zeros(rows, 3, dtype=torch.float64)
     settings = _Settings(kl_coef, gamma, lam, list(ESTIMATORS).index(estimator), whiten)
-    pointers = [_pointer(x) for x in inputs] + [ctypes.byref(settings)] + [_pointer(x) for x in outputs]
-
-    def targets(first: int, last: int) -> int:
-        span = _numbers(first, last, length)
-        return int(library.gearshift_ppo_targets(*span, *pointers, _pointer(moments)))
-
-    checks.require(not any(native.over_rows(targets, rows)), RIGHT_PADDED)
+    pointers = [*map(native.pointer, inputs), ctypes.byref(settings), *map(native.pointer, [*outputs, moments])]
+    targets = native.function("ppo_targets", "iii" + "p" * len(pointers))
+    failed = native.over_rows(lambda first, last: targets(first, last, length, *pointers), rows)
+    checks.require(not any(failed), RIGHT_PADDED)
     if whiten:
         merged = torch.zeros(1, 3, dtype=torch.float64)
-        library.gearshift_merge_moments(*_numbers(rows), _pointer(moments), _pointer(merged))
-        mean, scale = (ctypes.c_double(number) for number in _mean_and_scale(merged, group))
-
-        def whitened(first: int, last: int) -> None:
-            span = _numbers(first, last, length)
-            library.gearshift_whiten(*span, _pointer(moments), mean, scale, _pointer(advantages))
-
-        native.over_rows(whitened, rows)
+        native.function("merge_moments", "ipp")(rows, moments.data_ptr(), merged.data_ptr())
+        rest = (moments.data_ptr(), *_mean_and_scale(merged, group), advantages.data_ptr())
+        whitened = native.function("whiten", "iiipddp")
+        native.over_rows(lambda first, last: whitened(first, last, length, *rest), rows)
     return rewards, kls, advantages, returns
-
-
-def _numbers(*numbers: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(number) for number in numbers]
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def through_torch(

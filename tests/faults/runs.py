@@ -11,8 +11,8 @@ from typing import Any
 from gearshift.engine import World
 from gearshift.engine.checkpoints import files
 from gearshift.launch.config import validate
-from tests.rlhf.test_resuming import BATCH, changed, ppo_values, weights
-from tests.rlhf.tiny import Recorder
+from tests.rlhf.test_resuming import BATCH, saved_values, weights
+from tests.rlhf.tiny import Recorder, changed
 
 ITERATIONS = 3
 
@@ -20,7 +20,7 @@ ITERATIONS = 3
 def small_run(folder: Path) -> dict[str, Any]:
     """Three iterations, one checkpoint after each, of which one stays."""
     ppo = {"episodes": ITERATIONS * BATCH, "validate_every": 0}
-    return changed(ppo_values(folder), ppo=ppo, checkpoint={"every": 1, "keep": 1})
+    return changed(saved_values(folder), ppo=ppo, checkpoint={"every": 1, "keep": 1})
 
 
 def in_folder(values: dict[str, Any], folder: Path, resume: str | None = None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import yaml
 
 from gearshift.engine.checkpoints.reading import newest, steps
 from gearshift.launch.launcher import PAUSED, _ranks_of
-from tests.rlhf.test_resuming import BATCH, changed, weights
+from tests.rlhf.test_resuming import BATCH, weights
+from tests.rlhf.tiny import changed
 
 from .runs import small_run
 

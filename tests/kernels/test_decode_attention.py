@@ -20,7 +20,7 @@ SIZES = [(16, 16), (24, 5)]  # of key and value heads
 @pytest.fixture(params=["compiled", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "built", lambda: None)
     return str(request.param)
 
 
@@ -94,7 +94,7 @@ def test_what_the_cache_holds_past_a_rows_position_is_not_read(way: str) -> None
 
 
 def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
-    if native.library() is None:
+    if native.built() is None:
         pytest.skip("the compiled function was not built")
     inputs = make()
     whole = decode_attention(**inputs, scaling=0.25)

@@ -31,10 +31,10 @@ B, L = 7, 37
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device, with the operation taking one of its paths."""
     if request.param == "compiled":
-        assert native.library() is not None or shutil.which("cc") is None, "install again: the library was not built"
+        assert native.built() is not None or shutil.which("cc") is None, "install again: the library was not built"
         return "cpu"
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "built", lambda: None)
     return take(request.param, MODULE, ppo_targets_triton.ppo_targets, monkeypatch)
 
 

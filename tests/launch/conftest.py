@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from gearshift.errors import UserError
+from gearshift.launch.config import load
+
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
 
@@ -74,3 +77,22 @@ def example(command: str) -> dict[str, Any]:
 def write(values: dict[str, Any], path: str = "config.yaml") -> str:
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def changed(values: dict[str, Any], setting: str, value: Any) -> dict[str, Any]:
+    """The config with one setting put in; `...` takes it out."""
+    *sections, name = setting.split(".")
+    inner = values
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    if value is ...:
+        del inner[name]
+    return values
+
+
+def error_of(command: str, values: dict[str, Any], ranks: int = 2, overrides: tuple[tuple[str, str], ...] = ()) -> str:
+    with pytest.raises(UserError) as caught:
+        load(command, write(values), overrides, ranks=ranks)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -18,7 +18,7 @@ from gearshift.launch.config import validate
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.ppo import Ppo, PpoData, load_models, ppo
-from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
+from tests.rlhf.tiny import Recorder, changed, ppo_values, prompt_rows
 from tests.worker_group import WorkerGroup
 
 # ANCHORS, point 13, and what the run folder adds to it.
@@ -59,38 +59,15 @@ BATCH, MINIBATCHES, COEF = 8, 2, 3.5
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A config of two iterations of PPO; the tests change it with `changed`."""
-    folder = tmp_path_factory.mktemp("ppo")
-    text = write_jsonl(folder / "text.jsonl", text_rows(12))
-    return {
-        "run": {"folder": str(folder / "run"), "seed": 3},
-        "policy": {"init": str(save_policy(folder / "policy"))},
-        "reward": {"init": str(save_reward_model(folder / "reward"))},
-        "critic": {"learning_rate": 2e-3},
-        "data": {
-            "train": write_jsonl(folder / "prompts.jsonl", prompt_rows(20)),
-            "validation": write_jsonl(folder / "held.jsonl", prompt_rows(25)[20:]),
-            "max_prompt_tokens": 40,
-        },
-        "rollout": {"tp_size": 2, "max_new_tokens": 6},
-        "ppo": {
-            "episodes": 2 * BATCH,
-            "batch_size": BATCH,
-            "minibatches": MINIBATCHES,
-            "micro_batch_size": 3,
-            "warmup_iterations": 2,
-            "validate_every": 1,
-            "samples_every": 1,
-            "kl": {"coef": 0.1},
-        },
-        "ptx": {"validation": [text], "data": [text], "examples_per_episode": 1, "max_tokens": 12},
-        "optimizer": {"learning_rate": 1e-3},
-        "tracking": {"samples": 3},
+    ppo = {
+        "episodes": 2 * BATCH,
+        "batch_size": BATCH,
+        "minibatches": MINIBATCHES,
+        "warmup_iterations": 2,
+        "validate_every": 1,
+        "kl": {"coef": 0.1},
     }
-
-
-def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    """The config with some fields of some sections changed."""
-    return {**values, **{name: {**values.get(name, {}), **fields} for name, fields in sections.items()}}
+    return ppo_values(tmp_path_factory.mktemp("ppo"), ppo=ppo)
 
 
 def run_ppo(world: World, values: dict[str, Any]) -> Recorder:

@@ -20,53 +20,30 @@ from gearshift.launch.verify import main as verify_main
 from gearshift.rlhf.differences import require_same_run, what_differs
 from gearshift.rlhf.ppo import Ppo, ppo
 from tests.engine.checkpoints.steps import flip
-from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
+from tests.rlhf.tiny import Recorder, changed, ppo_values
 from tests.worker_group import WorkerGroup
 
 BATCH, ITERATIONS, SAVED = 8, 4, 2
-TIMED = ("timing/", "throughput/", "rollout/shift_bytes")
+TIMED = ("timing/", "throughput/")
 
 
-def ppo_values(folder: Path) -> dict[str, Any]:
+def saved_values(folder: Path) -> dict[str, Any]:
     """PPO-ptx with an adaptive KL coefficient, saved every second iteration; data and models in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = write_jsonl(folder / "text.jsonl", text_rows(12))
-    return {
-        "run": {"folder": str(folder / "run"), "seed": 3},
-        "policy": {"init": str(save_policy(folder / "policy"))},
-        "reward": {"init": str(save_reward_model(folder / "reward"))},
-        "critic": {"learning_rate": 2e-3},
-        "data": {
-            "train": write_jsonl(folder / "prompts.jsonl", prompt_rows(20)),
-            "validation": write_jsonl(folder / "held.jsonl", prompt_rows(24)[20:]),
-            "max_prompt_tokens": 40,
-        },
-        "rollout": {"tp_size": 2, "max_new_tokens": 6},
-        "ppo": {
-            "episodes": ITERATIONS * BATCH,
-            "batch_size": BATCH,
-            "minibatches": 2,
-            "epochs": 2,
-            "micro_batch_size": 3,
-            "warmup_iterations": 3,
-            "validate_every": 2,
-            "samples_every": 1,
-            "kl": {"coef": 0.1, "target": 0.05, "horizon": 40},
-        },
-        "ptx": {"coef": 3.5, "data": [text], "validation": [text], "examples_per_episode": 1, "max_tokens": 12},
-        "optimizer": {"learning_rate": 1e-3},
-        "checkpoint": {"every": SAVED},
-        "tracking": {"samples": 3},
+    ppo = {
+        "episodes": ITERATIONS * BATCH,
+        "batch_size": BATCH,
+        "minibatches": 2,
+        "epochs": 2,
+        "warmup_iterations": 3,
+        "validate_every": 2,
+        "kl": {"coef": 0.1, "target": 0.05, "horizon": 40},
     }
+    return ppo_values(folder, ppo=ppo, ptx={"coef": 3.5}, checkpoint={"every": SAVED})
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ppo_values(tmp_path_factory.mktemp("ppo"))
-
-
-def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    return {**values, **{name: {**values.get(name, {}), **fields} for name, fields in sections.items()}}
+    return saved_values(tmp_path_factory.mktemp("ppo"))
 
 
 def run_ppo(world: World, values: dict[str, Any]) -> tuple[Recorder, list[dict[str, torch.Tensor]]]:

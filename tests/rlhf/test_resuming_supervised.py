@@ -20,8 +20,8 @@ from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.reward import reward
 from tests.engine.checkpoints.steps import flip
 from tests.rlhf.test_language import MODEL
-from tests.rlhf.test_resuming import changed, weights, without_clocks
-from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, save_policy, text_rows, write_jsonl
+from tests.rlhf.test_resuming import weights, without_clocks
+from tests.rlhf.tiny import SENTENCES, VOCABULARY, Recorder, changed, save_policy, text_rows, write_jsonl
 from tests.worker_group import WorkerGroup
 
 STAGES: dict[str, Callable[[Any, Report], None]] = {"pretrain": pretrain, "sft": sft, "reward": reward}

@@ -91,3 +91,32 @@ def prompt_rows(count: int) -> list[dict[str, Any]]:
 
 def text_rows(count: int) -> list[dict[str, Any]]:
     return [{"text": SENTENCES[i % len(SENTENCES)] + SENTENCES[i * 5 % len(SENTENCES)]} for i in range(count)]
+
+
+def ppo_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A config of PPO with models, 20 prompts, 5 held-out ones and texts (`ptx`) in `folder`; `sections`: see
+    `changed`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_jsonl(folder / "text.jsonl", text_rows(12))
+    values = {
+        "run": {"folder": str(folder / "run"), "seed": 3},
+        "policy": {"init": str(save_policy(folder / "policy"))},
+        "reward": {"init": str(save_reward_model(folder / "reward"))},
+        "critic": {"learning_rate": 2e-3},
+        "data": {
+            "train": write_jsonl(folder / "prompts.jsonl", prompt_rows(20)),
+            "validation": write_jsonl(folder / "held.jsonl", prompt_rows(25)[20:]),
+            "max_prompt_tokens": 40,
+        },
+        "rollout": {"tp_size": 2, "max_new_tokens": 6},
+        "ppo": {"micro_batch_size": 3, "samples_every": 1},
+        "ptx": {"validation": [text], "data": [text], "examples_per_episode": 1, "max_tokens": 12},
+        "optimizer": {"learning_rate": 1e-3},
+        "tracking": {"samples": 3},
+    }
+    return changed(values, **sections)
+
+
+def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    """The config with some fields of some sections changed."""
+    return {**values, **{name: {**values.get(name, {}), **fields} for name, fields in sections.items()}}

@@ -1,6 +1,6 @@
 """The compiled library of the kernels for processors, called through ctypes.
 
-setup.py builds it where there is a C compiler. Where there was none, `library()` is None and the operations take their
+setup.py builds it where there is a C compiler. Where there was none, `built()` is None and the operations take their
 way through torch, which is slower.
 """
 
@@ -14,16 +14,38 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 PARTS_A_THREAD = 4
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, if it was built."""
+def built() -> ctypes.CDLL | None:
+    """The library, if there is one."""
     spec = importlib.machinery.PathFinder.find_spec("_library", __path__)
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+
+
+_KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+
+
+@functools.cache
+def function(name: str, arguments: str) -> Callable[..., int]:
+    """A function of the library, which must be there, to be called with Python's numbers and with `pointer`s.
+
+    `arguments`: a letter for each, i an int64, d a double, p a pointer (None: NULL). What a void function returns means
+    nothing.
+    """
+    library = built()
+    assert library is not None
+    found = getattr(library, f"gearshift_{name}")
+    found.argtypes = [_KINDS[kind] for kind in arguments]
+    return found
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def over_rows(work: Callable[[int, int], T], rows: int) -> list[T]:
