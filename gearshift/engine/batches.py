@@ -90,8 +90,8 @@ class Rollouts(Prompts):
 class Episodes(Rollouts):
     """Rollouts that were scored: everything that one PPO update reads.
 
-    `ref_logprobs`, `values`, `rewards`, `kl`, `advantages`, `returns` are `[B, L]` fp32, 0 where masked;
-    `scores [B]` fp32.
+    `ref_logprobs`, `values`, `rewards`, `kl`, `advantages`, `returns`, `weights` (of tokens in the policy loss: 1, or
+    truncated importance weights) are `[B, L]` fp32, 0 where masked; `scores [B]` fp32, as the reward model gave them.
     """
 
     ref_logprobs: Tensor
@@ -101,6 +101,7 @@ class Episodes(Rollouts):
     kl: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor
 
 
 def join_responses(rollouts: Rollouts) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,8 @@ class CausalModel(ZeroModel):
 
         The KL is over the whole vocabulary, of the two distributions that a token was (or would have been) drawn
         from. Neither model's logits are ever built; no gradients. Collective: the reference's head is gathered beside
-        this model's own.
+        this model's own. A reference that serves here must not be asked for `logprobs` in between: DeepSpeed would take
+        its backbone's forward for the start of that, and fetch the head by itself.
         """
         import deepspeed
 

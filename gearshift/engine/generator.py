@@ -45,9 +45,9 @@ class Generator:
     tensor-parallel group pool theirs. All raise RuntimeError when the weights are stale.
     """
 
-    def __init__(self, replica: Replica, world: World, slots: int | None, current_step: int):
+    def __init__(self, replica: Replica, world: World, slots: int | None, stamp: tuple[int, bool]):
         self._replica, self._world, self._slots = replica, world, slots
-        self._step = current_step
+        self._stamp = stamp
         self._open = True
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Generator:
         return logprobs, ref_logprobs, kl
 
     def _require_current(self) -> None:
-        if not self._open or self._replica.stamp != self._step:
+        if not self._open or self._replica.stamp != self._stamp:
             raise RuntimeError("this generator's weights are stale: use it inside `with policy.rollout()`")
 
     def _pooled(self, rows: R) -> tuple[R, slice]:

@@ -68,7 +68,7 @@ class HybridEngine(CausalModel):
     def rollout(self) -> Iterator[Generator]:
         """Shift the current weights into the rollout gear; the ZeRO-3 shards are only read. Collective."""
         with self._optimizer_aside(), self._newest_weights() as replica:
-            generator = Generator(replica, self.world, self.slots, self.steps)
+            generator = Generator(replica, self.world, self.slots, self.stamp)
             try:
                 yield generator
             finally:
@@ -93,31 +93,31 @@ class HybridEngine(CausalModel):
 
     @contextmanager
     def _newest_weights(self) -> Iterator[Replica]:
-        """The replica with the weights of the newest optimizer step; moves nothing when it has them already."""
+        """The replica with the weights that are in place now; moves nothing when it has them already."""
         replica, shift, memory = self._gear()
         try:
             self._bring(replica, shift, memory)
             yield replica
         finally:
             if not self.keep_weights:
-                replica.stamp = -1
+                replica.stamp = None
                 memory.release()
                 shift.buffers.release()
 
     def _bring(self, replica: Replica, shift: Shift, memory: Releasable) -> None:
         self.shift_seconds = self.allocation_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
-        if replica.stamp == self.steps:
+        if replica.stamp == self.stamp:
             return
         start = self._now()
         memory.restore()
         shift.buffers.restore()
         allocated = self._now()
-        replica.stamp = -1  # what a shift that fails leaves behind is of no step
+        replica.stamp = None  # what a shift that fails leaves behind is of no step
         moved = shift.run(zero_shards(self.module))
         self.allocation_seconds, self.shift_seconds = allocated - start, self._now() - allocated
         self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
-        replica.stamp = self.steps
+        replica.stamp = self.stamp
 
     def _gear(self) -> tuple[Replica, Shift, Releasable]:
         """What the first rollout builds, and all others use."""

@@ -29,8 +29,8 @@ from gearshift.kernels import few_rows_linear
 class Replica:
     """This rank's part of one tensor-parallel copy of a causal LM.
 
-    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: the optimizer step whose
-    weights they hold (-1: none).
+    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: which weights they hold (see
+    `ZeroModel.stamp`; None: none).
     """
 
     def __init__(self, config: Any, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device):
@@ -39,7 +39,8 @@ class Replica:
         register()
         config = copy.deepcopy(config)
         config._attn_implementation = ATTENTION_NAME
-        self.group, self.stamp, self.cache = group, -1, KeyValueCache(rotary_limit(config))
+        self.stamp: tuple[int, bool] | None = None
+        self.group, self.cache = group, KeyValueCache(rotary_limit(config))
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
         self.layout = TensorParallelLayout.of(self.model, group.size)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.adapters import train_adapters_only
+from gearshift.engine.average import WeightAverage
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.saving import save_pretrained
@@ -42,6 +44,7 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     schedule: Schedule = field(default=lambda step: 1.0)
+    average: float | None = None  # decay of the moving average of the weights; None: none is kept
 
 
 def zero3_config(world: World, dtype: torch.dtype, training: Training | None, extra: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +106,8 @@ class ZeroModel:
 
         self.world, self.module, self.training = world, module, training
         self.micro_batch_size = micro_batch_size
-        self.steps = 0  # optimizer steps taken: the stamp of the weights
+        self.steps = 0  # optimizer steps taken
+        self._averaging = False
         module.requires_grad_(training is not None)
         if training is not None and hasattr(module, "lora"):
             train_adapters_only(module)
@@ -119,6 +123,14 @@ class ZeroModel:
         if training:
             # Every micro-batch is reduced as it comes, so that no caller need know which one is the last.
             self.engine.set_gradient_accumulation_boundary(True)
+        self.average: WeightAverage | None = None
+        if training is not None and training.average is not None:
+            self.average = WeightAverage(self.engine.optimizer, training.average)
+
+    @property
+    def stamp(self) -> tuple[int, bool]:
+        """Which weights are in place: those of this optimizer step, or (True) their moving average."""
+        return self.steps, self._averaging
 
     @property
     def config(self) -> Any:
@@ -180,13 +192,30 @@ class ZeroModel:
         """One optimizer step with the gradients accumulated since the last; returns their norm before clipping."""
         if self.training is None:
             raise RuntimeError("this model is frozen: it was built without `training`")
+        if self._averaging:
+            raise RuntimeError("the weights are their moving average: leave `averaged` before a step")
         self.engine.step()
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             # DeepSpeed leaves out a step whose gradient norm is not finite, whatever the type of the weights.
             raise NotFinite(f"the gradient norm of step {self.steps} is {norm}; no weight was changed")
+        if self.average is not None:
+            self.average.update()
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the weights, where one is kept. No step may be taken in here. Collective."""
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            self._averaging = True
+            try:
+                yield
+            finally:
+                self._averaging = False
 
     @torch.no_grad()
     def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
@@ -201,9 +230,13 @@ class ZeroModel:
         save_pretrained(self.module, Path(folder), self.world, tokenizer=tokenizer)
 
     def save_shards(self, shards: Shards, name: str) -> None:
-        """Weights, fp32 masters, optimizer and schedule of this rank, in DeepSpeed's own files. Collective."""
+        """Weights, fp32 masters, their average, optimizer and schedule of this rank, in DeepSpeed's own files.
+        Collective."""
+        state: dict[str, Any] = {"steps": self.steps}
+        if self.average is not None:
+            state["average"] = self.average.shards
         with shards.serving(self.engine):
-            self.engine.save_checkpoint(str(shards.root), name, client_state={"steps": self.steps}, save_latest=False)
+            self.engine.save_checkpoint(str(shards.root), name, client_state=state, save_latest=False)
 
     def load_shards(self, shards: Shards, name: str) -> None:
         """What `save_shards` of as many ranks wrote, into a model as it was built. Collective."""
@@ -212,6 +245,8 @@ class ZeroModel:
         if path is None:
             raise UserError(f"{shards.root / name}: holds no checkpoint of a model")
         self.steps = int(state["steps"])
+        if self.average is not None:
+            self.average.load(state.get("average"))
 
     def _micro_batches(self, batch: R) -> Iterator[tuple[R, int]]:
         """At most `micro_batch_size` rows at a time, as often on every rank: `(piece, 1)`, or `(repeat, 0)` to fill."""

@@ -30,7 +30,7 @@ def _ppo(config: PpoConfig, ranks: int) -> list[str]:
         _rollouts(config.rollout.tp_size, ranks, ppo.batch_size, ppo.answers),
         f"minibatch    {_n(ppo.minibatch_size, 'episode')}, {per_rank} per rank in {micro}",
     ]
-    if config.ptx.coef > 0:
+    if config.ptx.weight > 0:
         examples = ppo.minibatch_size * config.ptx.examples_per_episode
         micro = _micro(examples // ranks, ppo.micro_batch_size)
         lines.append(

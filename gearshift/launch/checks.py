@@ -14,6 +14,7 @@ from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
 from gearshift.launch.rows import readers, row_problems
+from gearshift.rlhf.ppo_settings import PpoSettings
 from gearshift.rlhf.settings import (
     CompareConfig,
     Config,
@@ -51,6 +52,7 @@ def check(config: Config, ranks: int) -> None:
     if isinstance(config, PpoConfig):
         _check_ppo_batches(config, ranks)
         _check_adaptive_kl(config)
+        _check_advantage(config)
         _check_ptx(config)
     if isinstance(config, PpoConfig | CompareConfig):
         _check_rollout(config, ranks)
@@ -105,21 +107,66 @@ def _check_adaptive_kl(config: PpoConfig) -> None:
         return
     if kl.coef == 0:
         raise SettingError("ppo.kl.coef", "0 times anything stays 0, so ppo.kl.target would do nothing: start at 0.02")
-    # The largest step down multiplies by 1 - 0.2 batch_size / horizon, which must stay above 0.
-    if 5 * kl.horizon <= episodes:
+    # The largest step down multiplies by 1 - clamp batch_size / horizon, which must stay above 0.
+    if kl.horizon <= kl.clamp * episodes:
         raise SettingError(
             "ppo.kl.horizon",
             f"{kl.horizon} is so short that one iteration of ppo.batch_size = {episodes} can take ppo.kl.coef to 0 for "
-            f"ever: use at least {episodes // 5 + 1}, better several times ppo.batch_size (Ziegler et al.: 10000)",
+            f"ever: use at least {math.floor(kl.clamp * episodes) + 1}, better several times ppo.batch_size "
+            "(Ziegler et al.: 10000)",
         )
 
 
+def _check_advantage(config: PpoConfig) -> None:
+    """What needs a critic, or a group of answers, or the training forward's log-probs, has it."""
+    ppo = config.ppo
+    group = ppo.advantage != "gae"
+    untouched = PpoSettings()
+    for wrong, field, problem in (
+        (
+            group and ppo.answers < 2,
+            "ppo.answers",
+            f"ppo.advantage: {ppo.advantage} compares the answers to a prompt: set 2 or more, not {ppo.answers}",
+        ),
+        *(
+            (
+                group and getattr(ppo, name) != getattr(untouched, name),
+                f"ppo.{name}",
+                f"ppo.advantage: {ppo.advantage} has no critic, so it would not be read: leave it out",
+            )
+            for name in ("lam", "gamma", "value_clip", "critic_iterations", "whiten_rewards")
+        ),
+        (
+            group and config.critic.init != "reward",
+            "critic.init",
+            f"ppo.advantage: {ppo.advantage} has no critic: leave it out",
+        ),
+        (
+            ppo.kl.where == "loss" and ppo.kl.estimator not in ("k2", "k3"),
+            "ppo.kl.estimator",
+            f"{ppo.kl.estimator} is no penalty in a loss (ppo.kl.where: loss): use k3 or k2",
+        ),
+        (
+            ppo.importance_cap is not None and ppo.old_logprobs != "training",
+            "ppo.importance_cap",
+            "weighs the training forward's log-probs against the rollout's: set ppo.old_logprobs: training",
+        ),
+        (
+            ppo.critic_iterations >= ppo.iterations,
+            "ppo.critic_iterations",
+            f"{ppo.critic_iterations} leaves none of the {ppo.iterations} iterations for the policy",
+        ),
+    ):
+        if wrong:
+            raise SettingError(field, problem)
+
+
 def _check_ptx(config: PpoConfig) -> None:
-    if config.ptx.coef > 0 and not config.ptx.data:
+    if config.ptx.weight > 0 and not config.ptx.data:
         raise SettingError("ptx.data", "needed with ptx.coef above 0: sources of pretraining text")
-    if config.ptx.data and config.ptx.coef == 0:
+    if config.ptx.data and config.ptx.weight == 0:
         raise SettingError(
-            "ptx.data", "with ptx.coef 0 this is plain PPO: set ptx.coef (InstructGPT 27.8), or leave ptx.data out"
+            "ptx.data", "with ptx.coef 0 this is plain PPO: leave ptx.coef out (27.8, as InstructGPT's), or ptx.data"
         )
 
 

@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a step's folder; or a run's folder, for its newest step")
     parser.add_argument("out", type=Path, help="the folder to write: safetensors, config, tokenizer")
     parser.add_argument("--model", help="which model of the checkpoint (ppo: policy, the default, or critic)")
+    parser.add_argument("--raw", action="store_true", help="the last weights, not their moving average (ppo.ema)")
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out} is there already: name a new folder")
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from gearshift.engine.checkpoints.exporting import export
 
-    export(step / name, options.out)
+    export(step / name, options.out, options.raw)
     print(f"{options.out}: {name} of {step}")
     return 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,16 +27,18 @@ from gearshift.engine.causal import WithoutAdapters
 from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
+from gearshift.rlhf.best import BestModel
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
 from gearshift.rlhf.data.sampling import Sampler, rank_part
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.guards import require_finite, stopping
-from gearshift.rlhf.kl import KlController
+from gearshift.rlhf.kl import KlController, kl_penalty
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
 from gearshift.rlhf.resuming import Saver, Stateful
 from gearshift.rlhf.schedules import constant
+from gearshift.rlhf.scores import ScoreShaper, importance_weights
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
     at_least,
@@ -53,10 +57,10 @@ from gearshift.rlhf.supervised import evaluate
 
 @dataclass
 class Models:
-    """The four models of PPO. `reference` and `reward_model` are frozen."""
+    """The models of PPO. `reference` and `reward_model` are frozen; without GAE there is no critic."""
 
     policy: HybridEngine
-    critic: RewardModel
+    critic: RewardModel | None
     reference: CausalModel | WithoutAdapters
     reward_model: RewardModel
 
@@ -68,7 +72,7 @@ class Ppo:
         self.config, self.world, self.data, self.report = config, world, data, report
         self.policy, self.critic = models.policy, models.critic
         self.reference, self.reward_model = models.reference, models.reward_model
-        self.kl = KlController(config.ppo.kl)
+        self.kl, self.shaper = KlController(config.ppo.kl), ScoreShaper(config.ppo.scores)
         self.sampling = sampling_of(config.rollout, data.tokenizer, self.policy.module, config.run.seed)
 
     def iteration(self, number: int) -> dict[str, float]:
@@ -79,53 +83,101 @@ class Ppo:
             rollouts = generator.generate(prompts, self.sampling)
         with phases.phase("score"):
             scores = self.reward_model.score(rollouts)
-            ref_logprobs, kl = self.held_against_reference(rollouts)
-            values = self.critic.values(rollouts)
+            held = self.held_against_reference(rollouts)
+            gap = self.logprob_gap(rollouts, held.trained)
+            rollouts, weights = self.as_trained(rollouts, held.trained)
+            values = None if self.critic is None else self.critic.values(rollouts)
             episodes = build_episodes(
-                rollouts, scores, ref_logprobs, values, self.config.ppo, self.kl.coef, self.world, kl
+                rollouts,
+                scores,
+                held.ref_logprobs,
+                values,
+                self.config.ppo,
+                self.kl.coef,
+                self.world,
+                shaper=self.shaper,
+                kl=held.kl,
+                weights=weights,
             )
             self.check_finite(episodes, number)
-            gap = self.logprob_gap(rollouts)
-        metrics = episode_metrics(episodes, self.kl.coef)
-        metrics |= {
-            "rollout/logprob_gap": gap,
-            "optimizer/learning_rate": self.policy.learning_rate,
-            "optimizer/critic_learning_rate": self.critic.learning_rate,
-        }
+        metrics = episode_metrics(episodes, self.kl.coef, self.critic is not None)
+        metrics |= {"rollout/logprob_gap": gap, "optimizer/learning_rate": self.policy.learning_rate}
+        if self.critic is not None:
+            metrics["optimizer/critic_learning_rate"] = self.critic.learning_rate
         with phases.phase("train"):
-            for minibatch in minibatches(episodes, self.config.ppo, self.config.run.seed, number, self.world):
-                with stopping(self.config.run.folder, f"iteration {number}", minibatch, self.world):
-                    self.update(minibatch, sums)
+            self.updates(episodes, number, sums)
         self.kl.update(metrics["objective/kl"], len(episodes))
         self.sample_table(number, episodes)
         return (
             metrics | sums.metrics() | self.timings(phases, episodes) | {"objective/episodes": number * len(episodes)}
         )
 
-    def update(self, minibatch: Episodes, sums: _Sums) -> None:
-        """One optimizer step of the policy, and one of the critic."""
-        sums.add("policy", self.policy.accumulate(self.policy_loss, minibatch))
-        if self.config.ptx.coef > 0:
-            text = next(self.data.pretraining)
-            sums.add("ptx", self.policy.accumulate(language_loss, text, weight=self.config.ptx.coef))
-        sums.norm("policy", self.policy.step())
-        sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
-        sums.norm("critic", self.critic.step())
+    def updates(self, episodes: Episodes, number: int, sums: _Sums) -> None:
+        """Minibatch by minibatch; the policy stops early where `ppo.stop.approx_kl` says so, the critic does not."""
+        ppo, bound = self.config.ppo, self.config.ppo.stop.approx_kl
+        policy_moves = number > ppo.critic_iterations
+        for minibatch in minibatches(episodes, ppo, self.config.run.seed, number, self.world):
+            with stopping(self.config.run.folder, f"iteration {number}", minibatch, self.world):
+                if policy_moves:
+                    approx_kl = self.update_policy(minibatch, sums)
+                    policy_moves = bound is None or approx_kl <= bound
+                self.update_critic(minibatch, sums)
 
-    def held_against_reference(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
-        """The reference's log-probs [B, L], and with the exact estimator the KL to it [B, L]. Collective."""
-        if self.config.ppo.kl.estimator == "exact":
-            _, ref_logprobs, kl = self.policy.against(self.reference, rollouts, self.sampling.temperature)
-            return ref_logprobs, kl
-        return self.reference.logprobs(rollouts, self.sampling.temperature), None
+    def update_policy(self, minibatch: Episodes, sums: _Sums) -> float:
+        """One optimizer step with both gradients; returns the minibatch's mean approximate KL before it, nats."""
+        found = self.policy.accumulate(self.policy_loss, minibatch)
+        sums.add("policy", found)
+        if self.config.ptx.weight > 0:
+            text = next(self.data.pretraining)
+            sums.add("ptx", self.policy.accumulate(language_loss, text, weight=self.config.ptx.weight))
+        sums.norm("policy", self.policy.step())
+        return float(found["approx_kl"] / found["tokens"].clamp(min=1))
+
+    def update_critic(self, minibatch: Episodes, sums: _Sums) -> None:
+        if self.critic is not None:
+            sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
+            sums.norm("critic", self.critic.step())
+
+    def held_against_reference(self, rollouts: Rollouts) -> _Held:
+        """What reference and, where it is asked for, the policy's training forward say of the answers. Collective."""
+        ppo, temperature = self.config.ppo, self.sampling.temperature
+        if ppo.kl.estimator == "exact":
+            logprobs, ref_logprobs, kl = self.policy.against(self.reference, rollouts, temperature)
+            return _Held(ref_logprobs, kl, logprobs)
+        trained = self.policy.logprobs(rollouts, temperature) if ppo.old_logprobs == "training" else None
+        return _Held(self.reference.logprobs(rollouts, temperature), None, trained)
+
+    def as_trained(self, rollouts: Rollouts, trained: Tensor | None) -> tuple[Rollouts, Tensor | None]:
+        """With `old_logprobs: training` the ratio is against these; and the weights that make up for it, or None."""
+        ppo = self.config.ppo
+        if ppo.old_logprobs == "rollout" or trained is None:
+            return rollouts, None
+        weights = None
+        if ppo.importance_cap is not None:
+            weights = importance_weights(trained, rollouts.logprobs, rollouts.mask, ppo.importance_cap)
+        return dataclasses.replace(rollouts, logprobs=trained), weights
 
     def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor) -> Loss:
         """The clipped surrogate on a micro-batch; `count`: response tokens of the global minibatch."""
         # Both log-probs are of the whole softmax, whatever top_k and top_p left to draw from: the ratio starts at 1.
-        logprobs, _ = policy.response_logprobs(batch, self.sampling.temperature)
-        return kernels.policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, clip=self.config.ppo.clip, tokens=count
+        ppo = self.config.ppo
+        logprobs, entropy = policy.response_logprobs(batch, self.sampling.temperature, entropy=True)
+        assert entropy is not None
+        # The loss is linear in the advantages, and weights are not negative: as good as a factor of each term.
+        found = kernels.policy_loss(
+            logprobs,
+            batch.logprobs,
+            batch.advantages * batch.weights,
+            batch.mask,
+            clip=ppo.clip,
+            dual_clip=ppo.dual_clip,
+            tokens=count,
         )
+        metrics = found.metrics | {"entropy": entropy.detach().double().sum()}
+        if ppo.kl.where == "reward":
+            return Loss(found.loss, metrics)
+        kl = kl_penalty(logprobs, batch.ref_logprobs, batch.mask, ppo.kl.estimator).sum()
+        return Loss(found.loss + self.kl.coef * kl / count, metrics)
 
     def value_loss(self, critic: RewardModel, batch: Episodes, count: Tensor) -> Loss:
         """The clipped value loss on a micro-batch."""
@@ -134,14 +186,17 @@ class Ppo:
             values, batch.values, batch.returns, batch.mask, clip=self.config.ppo.value_clip, tokens=count
         )
 
-    def logprob_gap(self, rollouts: Rollouts) -> float:
-        """|rollout − training forward| log-prob over the first micro-batch of every rank, nats. Collective.
+    def logprob_gap(self, rollouts: Rollouts, trained: Tensor | None) -> float:
+        """|rollout − training forward| log-prob, nats: over all rows where `trained` has the latter, else over the
+        first micro-batch of every rank. Collective.
 
         The largest in fp32, where the two differ by rounding alone; the mean in bf16. Raises UserError past
         `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
         """
-        some = rollouts.select(slice(0, self.policy.micro_batch_size))
-        trained = self.policy.logprobs(some, self.sampling.temperature)
+        some = rollouts
+        if trained is None:
+            some = rollouts.select(slice(0, self.policy.micro_batch_size))
+            trained = self.policy.logprobs(some, self.sampling.temperature)
         gaps = (trained - some.logprobs).abs()[some.mask]
         exact = self.policy.dtype == torch.float32
         gap = self.world.max(float(gaps.max() if exact else gaps.mean()))
@@ -156,6 +211,23 @@ class Ppo:
         """Stops every rank before any weight moves, and writes the episodes out."""
         with stopping(self.config.run.folder, f"iteration {number}", episodes, self.world):
             require_finite(episodes, self.world)
+
+    def is_spent(self, metrics: dict[str, float]) -> bool:
+        """The policy has lost the entropy that `ppo.stop.entropy` asks for: the run ends with this iteration."""
+        least, entropy = self.config.ppo.stop.entropy, metrics["objective/entropy"]
+        if least is None or entropy >= least:
+            return False
+        self.report.say(f"ppo.stop.entropy: {entropy:.3g} nats per response, bound {least:g}: the run ends here")
+        return True
+
+    def keep_best(self, best: BestModel, number: int, found: dict[str, float]) -> None:
+        """`found`: what a validation gave, if there was one. Collective."""
+        score, limit = found.get("validation/scores"), self.config.ppo.best_kl
+        if score is None or (limit is not None and found["validation/kl"] > limit) or not best.improves(score):
+            return
+        with self.policy.averaged():
+            save_policy(self.policy, str(best.folder), self.config.policy, self.data.tokenizer)
+        best.take(number, score, self.world)
 
     def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
         """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
@@ -197,7 +269,12 @@ class Ppo:
         self.report.samples(number, rows)
 
     def validate(self) -> dict[str, float]:
-        """Scores on held-out prompts, loss on held-out pretraining text. Collective."""
+        """Scores on held-out prompts and KL there, loss on held-out pretraining text: of the averaged weights, where
+        `ppo.ema` keeps them. Collective."""
+        with self.policy.averaged():
+            return self._validate()
+
+    def _validate(self) -> dict[str, float]:
         found = {}
         if self.data.held_out_text:
             sums = evaluate(self.policy, language_loss, self.data.held_out_text, collate_text)
@@ -207,10 +284,23 @@ class Ppo:
             own = rows[self.world.share(len(rows))]
             with self.policy.rollout() as generator:
                 answers = generator.generate(collate_prompts(own or rows[:1]), self.sampling)
-            scores = self.reward_model.score(answers)[: len(own)]  # a rank without a prompt only took part
-            total = self.world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
-            found["validation/scores"] = float(total[0] / total[1])
+            scores = self.reward_model.score(answers)
+            ref_logprobs = self.held_against_reference(answers).ref_logprobs
+            kl = ((answers.logprobs - ref_logprobs) * answers.mask).sum(1)
+            both = torch.stack([scores, kl, torch.ones_like(scores)])[:, : len(own)]  # others only took part
+            total = self.world.sum(both.double().sum(1))
+            found["validation/scores"], found["validation/kl"] = float(total[0] / total[2]), float(total[1] / total[2])
         return found
+
+
+@dataclass
+class _Held:
+    """`ref_logprobs [B, L]`; with the exact estimator `kl [B, L]` to the reference; `trained [B, L]`: the policy's
+    log-probs by its training forward, where something asks for them."""
+
+    ref_logprobs: Tensor
+    kl: Tensor | None
+    trained: Tensor | None
 
 
 class _Sums:
@@ -230,15 +320,23 @@ class _Sums:
         self._norms.setdefault(what, []).append(value)
 
     def metrics(self) -> dict[str, float]:
-        policy, value = self._sums["policy/tokens"], self._sums["value/tokens"]
         found = {f"loss/{what}_avg": sum(losses) / len(losses) for what, losses in self._losses.items()}
         found |= {f"{what}/grad_norm": sum(norms) / len(norms) for what, norms in self._norms.items()}
-        return found | {
-            "policy/approxkl_avg": self._sums["policy/approx_kl"] / policy,
-            "policy/clipfrac_avg": self._sums["policy/clipped"] / policy,
-            "val/ratio": self._sums["policy/ratio"] / policy,
-            "critic/clipfrac_avg": self._sums["value/clipped"] / value,
-        }
+        found["policy/updates"] = len(self._norms.get("policy", []))
+        for what, total, name in _MEANS:
+            if f"{what}/tokens" in self._sums:  # not of a model that was not updated
+                found[name] = self._sums[f"{what}/{total}"] / max(1.0, self._sums[f"{what}/tokens"])
+        return found
+
+
+# Of which loss, which of its sums over tokens, and what its mean is called.
+_MEANS = (
+    ("policy", "approx_kl", "policy/approxkl_avg"),
+    ("policy", "clipped", "policy/clipfrac_avg"),
+    ("policy", "entropy", "policy/entropy_avg"),
+    ("policy", "ratio", "val/ratio"),
+    ("value", "clipped", "critic/clipfrac_avg"),
+)
 
 
 @dataclass
@@ -292,7 +390,7 @@ def _pretraining(
     config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler]
 ) -> Iterator[TokenBatch]:
     """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch; adds its cursor."""
-    if config.ptx.coef == 0:
+    if config.ptx.weight == 0:
         return iter(())
     blocks = text_blocks(config.ptx.data, encoder)
     at_least(blocks, 1, "ptx.data")
@@ -305,7 +403,7 @@ def load_models(config: PpoConfig, world: World) -> Models:
     """Policy and critic that train, reference and reward model that do not."""
     ppo, dtype = config.ppo, dtype_of(config.run, world)
     steps_per_iteration = ppo.minibatches * ppo.epochs
-    schedule = constant(ppo.warmup_iterations * steps_per_iteration, first=0.1)
+    schedule = constant(ppo.warmup_iterations * steps_per_iteration, first=ppo.warmup_from)
     common: dict[str, Any] = {
         "dtype": dtype,
         "micro_batch_size": ppo.micro_batch_size,
@@ -314,7 +412,7 @@ def load_models(config: PpoConfig, world: World) -> Models:
     policy = HybridEngine.load(
         config.policy.init,
         world,
-        training=training_of(config.optimizer, schedule),
+        training=training_of(config.optimizer, schedule, average=ppo.ema),
         tp_size=config.rollout.tp_size,
         slots=config.rollout.slots,
         bucket_bytes=config.rollout.bucket_mb << 20,
@@ -323,11 +421,14 @@ def load_models(config: PpoConfig, world: World) -> Models:
         offload_optimizer=config.rollout.offload_optimizer,
         **common,
     )
-    critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init
-    critic_training = training_of(config.optimizer, schedule, config.critic.learning_rate)
+    critic = None
+    if ppo.advantage == "gae":
+        critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init
+        training = training_of(config.optimizer, schedule, config.critic.learning_rate)
+        critic = RewardModel.load(critic_init, world, training=training, **common)
     return Models(
         policy,
-        RewardModel.load(critic_init, world, training=critic_training, **common),
+        critic,
         _reference(config, world, policy, common),
         RewardModel.load(config.reward.init, world, **common),
     )
@@ -350,17 +451,26 @@ def ppo(config: PpoConfig, report: Report) -> None:
     data = PpoData.load(config, world, report)
     run = Ppo(config, world, load_models(config, world), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
-    trained: dict[str, ZeroModel] = {"policy": run.policy, "critic": run.critic}
-    parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl}
+    trained: dict[str, ZeroModel] = {"policy": run.policy}
+    if run.critic is not None:
+        trained["critic"] = run.critic
+    best = BestModel(Path(config.run.folder))
+    parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl, "scores": run.shaper, "best": best}
     saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
     for number in range(saver.done + 1, iterations + 1):
         before = run.validate() if number == 1 and every else {}
         metrics, found = run.iteration(number), {}
-        if number == iterations or (every and number % every == 0):
+        ends = number == iterations or run.is_spent(metrics)
+        if ends or (every and number % every == 0):
             found = run.validate()
         report.log(number, metrics | before | found)
+        run.keep_best(best, number, found)
         saver.after(number, found.get("validation/scores"))
+        if ends:
+            break
     saver.close()
-    save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
-    run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)
+    with run.policy.averaged():
+        save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
+    if run.critic is not None:
+        run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

@@ -22,6 +22,7 @@ from gearshift.engine.settings import (
     Sources,
 )
 from gearshift.rlhf.data.formats import Keys
+from gearshift.rlhf.ppo_settings import PpoSettings, PtxSettings
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -161,66 +162,6 @@ class TrainSettings(Section):
         0.0, ge=0, lt=1, description="SFT: part of the rows that is pretraining text (InstructGPT C.3: 0.1 before PPO)"
     )
     pretraining: Sources = Field([], description="SFT: sources of that text")
-
-
-class KlSettings(Section):
-    """The KL penalty in the reward, per token."""
-
-    coef: float = Field(0.02, ge=0, description="Penalty per nat (InstructGPT C.4); the first one when target is set")
-    estimator: Literal["k1", "k2", "k3", "exact"] = Field(
-        "k1", description="Of the KL from sampled tokens (k1 is the log-ratio), or exact: over the whole vocabulary"
-    )
-    target: float | None = Field(
-        None,
-        gt=0,
-        description="KL per response that an adaptive coef aims at, nats (Ziegler et al. 2.2); null: fixed coef",
-    )
-    horizon: int = Field(10_000, ge=1, description="target: episodes over which coef adapts (Ziegler et al.: 10000)")
-
-
-class PpoSettings(Section):
-    """InstructGPT C.4, from the batch sizes to the clips."""
-
-    episodes: int = Field(256_000, ge=1, description="Responses in the whole run, all ranks together (C.4)")
-    batch_size: int = Field(512, ge=1, description="Episodes per iteration, all ranks together (C.4)")
-    answers: int = Field(1, ge=1, description="Episodes of an iteration that answer the same prompt (C.4: 1)")
-    minibatches: int = Field(8, ge=1, description="Optimizer steps that one pass over an iteration is cut into (C.4)")
-    epochs: int = Field(1, ge=1, description="Passes over each iteration's episodes (C.4)")
-    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward; changes memory only")
-    clip: float = Field(0.2, gt=0, description="Bound on the probability ratio, 1 +- clip (C.4)")
-    value_clip: float = Field(0.2, gt=0, description="Bound on a value's move from the rollout's, reward units (C.4)")
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token (C.4: none)")
-    lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation (Stiennon et al.)")
-    whiten: bool = Field(True, description="Advantages: mean 0, deviation 1 over the iteration's response tokens")
-    warmup_iterations: int = Field(10, ge=0, description="Iterations in which rates ramp up from a tenth (C.4)")
-    kl: KlSettings = Field(KlSettings(), description="Penalty for leaving the reference")
-    validate_every: int = Field(0, ge=0, description="Iterations between validations; 0: only at the end")
-    samples_every: int = Field(10, ge=0, description="Iterations between rows of samples.jsonl; 0: none")
-
-    @property
-    def iterations(self) -> int:
-        """Rounds of rollout and update."""
-        return self.episodes // self.batch_size
-
-    @property
-    def prompts(self) -> int:
-        """Prompts drawn per iteration, all ranks together."""
-        return self.batch_size // self.answers
-
-    @property
-    def minibatch_size(self) -> int:
-        """Episodes per optimizer step, all ranks together."""
-        return self.batch_size // self.minibatches
-
-
-class PtxSettings(Section):
-    """The pretraining loss that PPO-ptx mixes into each policy step."""
-
-    coef: float = Field(0.0, ge=0, description="Weight of the pretraining loss; 0: plain PPO (InstructGPT C.4: 27.8)")
-    data: Sources = Field([], description="Sources of pretraining text")
-    validation: Sources = Field([], description="Sources of held-out text; its loss is what PPO costs")
-    examples_per_episode: int = Field(8, ge=1, description="Pretraining sequences per episode of a minibatch (C.4)")
-    max_tokens: int = Field(2048, ge=2, description="Length of a pretraining sequence, tokens")
 
 
 class TrackingSettings(Section):

@@ -30,8 +30,13 @@ def dtype_of(run: RunSettings, world: World) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def training_of(optimizer: OptimizerSettings, schedule: Callable[[int], float], rate: float | None = None) -> Training:
-    """How a model's weights move; `rate` in place of the section's."""
+def training_of(
+    optimizer: OptimizerSettings,
+    schedule: Callable[[int], float],
+    rate: float | None = None,
+    average: float | None = None,
+) -> Training:
+    """How a model's weights move; `rate` in place of the section's; `average`: decay of their moving average."""
     return Training(
         learning_rate=optimizer.learning_rate if rate is None else rate,
         optimizer=optimizer.name,
@@ -40,6 +45,7 @@ def training_of(optimizer: OptimizerSettings, schedule: Callable[[int], float], 
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         schedule=schedule,
+        average=average,
     )
 
 

@@ -81,7 +81,7 @@ def train_and_shift(policy: HybridEngine) -> dict[str, Any]:
             with policy.rollout():
                 new = policy._replica.slices.values()  # type: ignore[union-attr]
                 found["moved"].append(sum(not torch.equal(a, b) for a, b in zip(weights, new, strict=True)))
-                policy._replica.stamp = -1  # type: ignore[union-attr]  # so that the next one shifts again
+                policy._replica.stamp = None  # type: ignore[union-attr]  # so that the next one shifts again
     return found
 
 
@@ -273,7 +273,7 @@ def in_turns(world: World, folder: str, keep_weights: bool) -> dict[str, Any]:
             found["addresses"].append([t.data_ptr() for t in policy._replica.slices.values()])  # type: ignore[union-attr]
             found["within"].append(live_bytes())
             found["allocation"].append(policy.allocation_seconds)
-        assert not keep_weights or policy._replica.stamp == policy.steps  # type: ignore[union-attr]
+        assert not keep_weights or policy._replica.stamp == policy.stamp  # type: ignore[union-attr]
         found["between"].append(live_bytes())
         with policy.rollout():
             found["received"].append(policy.shift_bytes)

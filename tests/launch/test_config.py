@@ -278,3 +278,11 @@ def test_held_out_text_must_fit_the_models_positions(here: Path) -> None:
     model_folder(here / "long", max_position_embeddings=4096)
     values = changed(changed(example("ppo"), "ptx.validation", ["text.txt"]), "policy.init", "long")
     assert "ptx.max_tokens: 99999" in error_of("ppo", changed(values, "ptx.max_tokens", 99_999))
+
+
+def test_pretraining_text_makes_it_ppo_ptx(here: Path) -> None:
+    """InstructGPT's coefficient where there is text and none is said; plain PPO without text."""
+    assert load("ppo", write(example("ppo"))).ptx.weight == 0.0  # type: ignore[attr-defined]
+    assert load("ppo", write(changed(example("ppo"), "ptx", {"data": "text.txt"}))).ptx.weight == 27.8  # type: ignore[attr-defined]
+    some = {"data": "text.txt", "coef": 0.5}
+    assert load("ppo", write(changed(example("ppo"), "ptx", some))).ptx.weight == 0.5  # type: ignore[attr-defined]

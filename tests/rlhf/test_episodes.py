@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gearshift.engine import Episodes, Rollouts, World
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
-from gearshift.rlhf.settings import KlSettings, PpoSettings
+from gearshift.rlhf.ppo_settings import KlSettings, PpoSettings, ScoreSettings
+from gearshift.rlhf.scores import ScoreShaper
 from tests.worker_group import WorkerGroup
 
 ROWS, LONGEST = 12, 6
@@ -27,7 +28,7 @@ def scored_rollouts(seed: int = 0) -> Scored:
         torch.randint(3, 90, (ROWS, 5), generator=g),
         torch.randint(1, 6, (ROWS,), generator=g),
         row + 40,
-        row + 700,
+        row // 3 + 700,
         row * 0,
         torch.randint(3, 90, (ROWS, LONGEST), generator=g),
         -3 * torch.rand(ROWS, LONGEST, generator=g) * mask,
@@ -52,7 +53,8 @@ def share_of(world: World, scored: Scored) -> Scored:
 
 def built(scored: Scored, ppo: PpoSettings, kl_coef: float, world: World = ALONE) -> Episodes:
     rollouts, scores, ref_logprobs, values = scored
-    return build_episodes(rollouts, scores, ref_logprobs, values, ppo, kl_coef, world)
+    shaper = ScoreShaper(ppo.scores)
+    return build_episodes(rollouts, scores, ref_logprobs, values, ppo, kl_coef, world, shaper=shaper)
 
 
 class Naive:
@@ -68,22 +70,58 @@ class Naive:
         self.kl = [[_estimate(r, ppo.kl.estimator) for r in row] for row in self.ratios]
         self.rewards, self.returns, self.advantages = [], [], []
         self.values = [values[b, :n].tolist() for b, n in enumerate(self.lengths)]
-        for b, n in enumerate(self.lengths):
-            rewards = [-kl_coef * k for k in self.kl[b]]
-            rewards[-1] += float(scores[b])
+        for b in range(ROWS):
+            rewards = [-kl_coef * k if ppo.kl.where == "reward" else 0.0 for k in self.kl[b]]
+            rewards[-1] += _shaped(scores.tolist(), rollouts.finished.tolist(), ppo.scores)[b]
+            self.rewards.append(rewards)
+        if ppo.whiten_rewards:
+            _, deviation = _moments(list(chain(*self.rewards)))
+            mean = sum(chain(*self.rewards)) / sum(self.lengths)
+            self.rewards = [[mean + (r - mean) / deviation for r in row] for row in self.rewards]
+        self._estimate(self.rewards, rollouts.draws.tolist(), ppo)
+
+    def _estimate(self, every: list[list[float]], draws: list[int], ppo: PpoSettings) -> None:
+        if ppo.advantage != "gae":
+            self._against_others([sum(row) for row in every], draws, ppo.advantage)
+            return
+        for b, (n, rewards) in enumerate(zip(self.lengths, every, strict=True)):
             advantages = [0.0] * n
             for t in reversed(range(n)):
                 after, later = (self.values[b][t + 1], advantages[t + 1]) if t + 1 < n else (0.0, 0.0)
                 delta = rewards[t] + ppo.gamma * after - self.values[b][t]
                 advantages[t] = delta + ppo.gamma * ppo.lam * later
-            self.rewards.append(rewards)
             self.advantages.append(advantages)
             self.returns.append([a + v for a, v in zip(advantages, self.values[b], strict=True)])
         if ppo.whiten:
-            every = [a for row in self.advantages for a in row]
-            mean = sum(every) / len(every)
-            deviation = math.sqrt(sum((a - mean) ** 2 for a in every) / len(every))
+            mean, deviation = _moments(list(chain(*self.advantages)))
             self.advantages = [[(a - mean) / deviation for a in row] for row in self.advantages]
+
+    def _against_others(self, totals: list[float], draws: list[int], method: str) -> None:
+        for total, draw, n in zip(totals, draws, self.lengths, strict=True):
+            group = [t for t, d in zip(totals, draws, strict=True) if d == draw]
+            others = (sum(group) - total) / (len(group) - 1)
+            advantage = total - others
+            if method == "grpo":
+                mean = sum(group) / len(group)
+                deviation = math.sqrt(sum((t - mean) ** 2 for t in group) / (len(group) - 1))
+                advantage = (total - mean) / (deviation + 1e-4)
+            self.advantages.append([advantage] * n)
+            self.returns.append([total] * n)
+
+
+def _moments(values: list[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+
+def _shaped(scores: list[float], finished: list[bool], settings: ScoreSettings) -> list[float]:
+    """As of the first iteration: the running moments are those of these scores."""
+    shaped = [s - (0.0 if f else settings.missing_eos_penalty) for s, f in zip(scores, finished, strict=True)]
+    if settings.normalize:
+        mean, deviation = _moments(shaped)
+        shaped = [(s - mean) / deviation for s in shaped]
+    bound = settings.clip or math.inf
+    return [min(bound, max(-bound, s)) for s in shaped]
 
 
 def _estimate(ratio: float, estimator: str) -> float:
@@ -104,6 +142,12 @@ def assert_rows(found: Tensor, expected: list[list[float]]) -> None:
         {"gamma": 0.9, "lam": 0.7, "whiten": False},
         {"kl": KlSettings(estimator="k2")},
         {"kl": KlSettings(estimator="k3"), "whiten": False},
+        {"kl": KlSettings(where="loss", estimator="k3")},
+        {"whiten_rewards": True},
+        {"whiten_rewards": True, "whiten": False, "gamma": 0.9},
+        {"advantage": "grpo", "kl": KlSettings(where="loss", estimator="k3")},
+        {"advantage": "rloo", "kl": KlSettings(estimator="k2")},
+        {"scores": ScoreSettings(missing_eos_penalty=1.5, normalize=True, clip=0.8), "whiten": False},
     ],
 )
 def test_targets_are_those_of_a_loop(settings: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""The coefficient of the KL penalty."""
+"""The KL penalty: its coefficient, and as a term of a loss."""
+
+import math
 
 import pytest
+import torch
 
-from gearshift.rlhf.kl import KlController
-from gearshift.rlhf.settings import KlSettings
+from gearshift.rlhf.kl import KlController, kl_penalty
+from gearshift.rlhf.ppo_settings import KlSettings
 
 
 def test_without_a_target_it_is_fixed() -> None:
@@ -39,3 +42,34 @@ def test_it_steers_to_the_target() -> None:
     for _ in range(400):
         controller.update(0.3 / controller.coef, 512)
     assert 0.3 / controller.coef == pytest.approx(6.0, rel=1e-3)
+
+
+def test_fifty_steps_of_another_computation() -> None:
+    """Ziegler et al. 2.2 in logarithms, with a clamp of its own, over a KL that swings around its target."""
+    controller = KlController(KlSettings(coef=0.02, target=6.0, horizon=3_000, clamp=0.15))
+    log_coef = math.log(0.02)
+    for step in range(50):
+        kl = 6.0 + 4.0 * math.sin(step * 0.7) + 0.05 * step
+        controller.update(kl, 512)
+        log_coef += math.log1p(max(-0.15, min(0.15, (kl - 6.0) / 6.0)) * 512 / 3_000)
+        assert controller.coef == pytest.approx(math.exp(log_coef), rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_as_a_term_of_a_loss(estimator: str) -> None:
+    """Values and gradients in fp64 by the formulas; masked places, which may hold anything, have neither."""
+    g = torch.Generator().manual_seed(0)
+    new = torch.randn(3, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(3, 5, generator=g, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    reference[~mask] = math.nan
+    found = kl_penalty(new, reference, mask, estimator)
+    found.sum().backward()
+    assert new.grad is not None
+    for b in range(3):
+        for t in range(5):
+            r = float(new.detach()[b, t]) - float(reference[b, t])
+            value, slope = (r * r / 2, r) if estimator == "k2" else (math.exp(-r) - 1 + r, 1 - math.exp(-r))
+            inside = bool(mask[b, t])
+            assert float(found.detach()[b, t]) == pytest.approx(value if inside else 0.0, abs=1e-12)
+            assert float(new.grad[b, t]) == pytest.approx(slope if inside else 0.0, abs=1e-12)

@@ -344,8 +344,61 @@ def test_validation_counts_every_prompt_once(
     """Five prompts over two ranks, and one over two, are what they are over one; the same answers each time."""
     alone = one_rank.run(validated, changed(values, rollout={"tp_size": 1}))[0]
     assert alone[0] == alone[1]
-    assert set(alone[0]) == {"validation/scores", "loss/pretraining_heldout"}
+    assert set(alone[0]) == {"validation/scores", "validation/kl", "loss/pretraining_heldout"}
     assert alone[2]["validation/scores"] != pytest.approx(alone[0]["validation/scores"], rel=1e-2)
     for found in two_ranks.run(validated, values, timeout=60):
         for one, two in zip(alone, found, strict=True):
-            assert two == pytest.approx(one, rel=1e-4)
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_without_a_critic(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
+    """GRPO: four answers to a prompt, the penalty in the loss; no critic is loaded or saved, the best model is kept."""
+    run = {"folder": str(tmp_path / "run")}
+    kl = {"coef": 0.3, "where": "loss", "estimator": "k3"}
+    values = changed(values, run=run, ppo={"advantage": "grpo", "answers": 4, "kl": kl, "ema": 0.5})
+    values = changed(values, ptx={"coef": 0.0, "data": []})
+    found = two_ranks.run(run_ppo, values, timeout=90)[0].metrics
+    assert all(math.isfinite(value) for metrics in found for value in metrics.values())
+    critics = ("critic", "loss/value", "optimizer/critic")
+    assert [name for metrics in found for name in metrics if name.startswith(critics)] == []
+    assert not (tmp_path / "run/critic").exists()
+    best = json.loads((tmp_path / "run/best/best.json").read_text())
+    assert best["score"] == max(metrics["validation/scores"] for metrics in found)
+    assert (tmp_path / "run/best/model/model.safetensors").is_file()
+
+
+def test_training_logprobs_and_an_update_that_stops(
+    two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """The critic alone in the first iteration; in the second the policy stops after a minibatch and the critic goes
+    on. Log-probs of the training forward, weighed, are the rollout's up to rounding, so that the ratio starts at 1."""
+    more = {
+        "critic_iterations": 1,
+        "stop": {"approx_kl": 1e-9},
+        "epochs": 2,
+        "minibatches": 4,
+        "old_logprobs": "training",
+        "importance_cap": 2.0,
+        "dual_clip": 3.0,
+        "whiten_rewards": True,
+        "scores": {"missing_eos_penalty": 1.0, "normalize": True, "clip": 2.0},
+        "warmup_iterations": 0,
+    }
+    values = changed(values, run={"folder": str(tmp_path / "run")}, ppo=more)
+    first, second = two_ranks.run(run_ppo, values, timeout=90)[0].metrics
+    assert [metrics["policy/updates"] for metrics in (first, second)] == [0, 2]
+    assert "val/ratio" not in first
+    assert second["val/ratio"] == pytest.approx(1.0, abs=0.05)
+    assert abs(second["objective/kl"]) < 1e-4, "the policy had not moved when it wrote"
+    assert second["loss/value_avg"] != first["loss/value_avg"]
+    assert max(metrics["rollout/logprob_gap"] for metrics in (first, second)) <= 1e-5
+    assert 0 < second["policy/entropy_avg"] < math.log(261)
+
+
+def test_a_run_ends_when_the_entropy_is_spent(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
+    values = changed(values, run={"folder": str(tmp_path / "run")}, ppo={"stop": {"entropy": 1e6}})
+    report = two_ranks.run(run_ppo, values, timeout=90)[0]
+    assert len(report.metrics) == 1
+    assert "validation/scores" in report.metrics[0]
+    assert any(re.match(r"ppo\.stop\.entropy: \d.* the run ends here", line) for line in report.lines)
+    assert (tmp_path / "run/model/model.safetensors").is_file()

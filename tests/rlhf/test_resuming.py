@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,21 @@ def test_a_resumed_run_is_the_same_run(
         for one, other in zip(seen, all_seen[at:], strict=True):
             assert [name for name in one if not torch.equal(one[name], other[name])] == []
         assert report.rows == [row for row in expected.rows if row["step"] > at]
-    assert sorted(weights(tmp_path / "run")) == ["critic/model.safetensors", "model/model.safetensors"]
-    assert weights(tmp_path / "run") == weights(before)
+    found, expected_weights = weights(tmp_path / "run"), weights(before)
+    assert set(expected_weights) == {f"{name}/model.safetensors" for name in ("critic", "model", "best/model")}
+    # The best one is written when it is found, which may have been before the run was resumed elsewhere.
+    best = json.loads((before / "best/best.json").read_text())["step"]
+    assert ("best/model/model.safetensors" in found) == (best > at)
+    assert found == {name: content for name, content in expected_weights.items() if name in found}
+    assert {"critic/model.safetensors", "model/model.safetensors"} <= set(found)
     coefs = [row["objective/kl_coef"] for row in whole[0][0].metrics]
     assert len(set(coefs)) == ITERATIONS  # the controller moved, so that its state counts
+
+
+def best_so_far(metrics: list[dict[str, float]]) -> dict[str, float]:
+    scored = [(row["validation/scores"], -step) for step, row in enumerate(metrics, 1) if "validation/scores" in row]
+    score, step = max(scored)
+    return {"step": -step, "score": score}
 
 
 def test_what_a_manifest_says(values: dict[str, Any], whole: Any) -> None:
@@ -108,6 +120,8 @@ def test_what_a_manifest_says(values: dict[str, Any], whole: Any) -> None:
         "prompts": SAVED * BATCH,
         "pretraining": SAVED * BATCH * 2,
         "kl": metrics[SAVED]["objective/kl_coef"],
+        "scores": [0.0, 0.0, 0.0],
+        "best": best_so_far(metrics[:SAVED]),
     }
     assert manifest.score == metrics[SAVED - 1]["validation/scores"]
     assert (manifest.world_size, manifest.tp_size) == (2, 2)
@@ -183,6 +197,9 @@ def test_an_exported_model_is_the_one_that_the_run_saved(
     expected = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     assert "tokenizer.json" in expected
+    assert export_main([str(run), str(tmp_path / "raw"), "--model", name, "--raw"]) == 0
+    raw = (tmp_path / "raw/model.safetensors").read_bytes()
+    assert (raw == expected["model.safetensors"]) == (name == "critic"), "of the policy alone an average is kept"
     with pytest.raises(UserError, match="is there already"):
         export_main([str(run), str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--model: reward is not in .*: it has critic, policy"):

@@ -40,7 +40,7 @@ def test_export_is_save_pretrained(
 ) -> None:
     init = str(save_tiny(family, tmp_path / "model"))
     two_ranks.run(saved_both_ways, init, str(tmp_path), dtype, max_file_bytes)
-    export(tmp_path / "step-00000002/policy", tmp_path / "out", max_file_bytes)
+    export(tmp_path / "step-00000002/policy", tmp_path / "out", max_file_bytes=max_file_bytes)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     parts = sum(name.endswith(".safetensors") for name in expected)

@@ -13,7 +13,7 @@ import torch
 
 from gearshift.engine import CausalModel, TokenBatch, Training, World
 from gearshift.engine.checkpoints import files
-from gearshift.engine.checkpoints.exporting import master_weights
+from gearshift.engine.checkpoints.exporting import trained_weights
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.reading import newest, steps
 from gearshift.engine.checkpoints.writing import Checkpoints, versions
@@ -120,7 +120,7 @@ def test_adapters_go_on_bit_for_bit_and_are_not_exported(two_ranks: WorkerGroup,
         assert whole == resumed
         assert equal
     with pytest.raises(UserError, match=r"policy: holds adapters \(policy.lora\)"):
-        next(master_weights(tmp_path / "step-00000002/policy"))
+        next(trained_weights(tmp_path / "step-00000002/policy"))
 
 
 def failing(world: World, init: str, folder: str, rank: int, operation: str) -> str:
