@@ -1,11 +1,21 @@
-"""Memory that is given back for a while."""
+"""Memory: how much of it a process took, and memory that is given back for a while."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of the device's memory, or on a CPU of the host's (resident)."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
 
 
 class Releasable:

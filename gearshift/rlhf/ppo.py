@@ -24,6 +24,7 @@ from gearshift.engine import (
     init_distributed,
 )
 from gearshift.engine.causal import WithoutAdapters
+from gearshift.engine.memory import peak_bytes
 from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
@@ -248,6 +249,7 @@ class Ppo:
             "shift/bytes_between_hosts": float(policy.shift_bytes_between_hosts),
             "throughput/tokens_per_second": tokens / total,
             "throughput/tokens_per_second_per_rank": tokens / total / self.world.size,
+            "memory/peak_gib": self.world.max(peak_bytes(self.world.device)) / 2**30,
         }
 
     def sample_table(self, number: int, episodes: Episodes) -> None:

@@ -37,6 +37,9 @@ METRICS = {
     "val/ratio",
     "critic/explained_variance",
     "critic/grad_norm",
+    "memory/peak_gib",
+    "policy/entropy_avg",
+    "policy/updates",
     "timing/generation",
     "timing/shift",
     "timing/allocation",
@@ -98,7 +101,7 @@ def test_two_iterations_end_to_end(two_ranks: WorkerGroup, values: dict[str, Any
     check_start_and_rates(found)
     check_samples(first.rows)
     # Both ranks tell the same, but for what they measure with their own clocks.
-    timed = ("timing/", "throughput/", "shift/bytes_")
+    timed = ("timing/", "throughput/", "shift/bytes_", "memory/")
     for one, other in zip(found, second.metrics, strict=True):
         names = [name for name in one if not name.startswith(timed)]
         assert {n: one[n] for n in names} == pytest.approx({n: other[n] for n in names}, rel=1e-6, abs=1e-9)
@@ -261,7 +264,7 @@ def test_one_rank_is_two_ranks(one_rank: WorkerGroup, two_ranks: WorkerGroup, va
     alone = changed(plain, rollout={"tp_size": 1}, ppo={"micro_batch_size": 8})
     (one, weights) = one_rank.run(two_iterations, alone)[0]
     (two, weights_2) = two_ranks.run(two_iterations, plain)[0]
-    other = ("timing/", "throughput/", "rollout/logprob_gap", "shift/bytes_")
+    other = ("timing/", "throughput/", "memory/", "rollout/logprob_gap", "shift/bytes_")
     for a, b in zip(one, two, strict=True):
         names = [name for name in a if not name.startswith(other)]
         assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, rel=1e-4, abs=2e-5)

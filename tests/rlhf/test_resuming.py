@@ -25,7 +25,7 @@ from tests.rlhf.tiny import Recorder, changed, ppo_values
 from tests.worker_group import WorkerGroup
 
 BATCH, ITERATIONS, SAVED = 8, 4, 2
-TIMED = ("timing/", "throughput/")
+TIMED = ("timing/", "throughput/", "memory/")
 
 
 def saved_values(folder: Path) -> dict[str, Any]:
