@@ -90,6 +90,11 @@ class Material:
         value = self.systems.get(system, {}).get(key)
         return float(value) if is_number(value) else None
 
+    def interval(self, system: str, key: str) -> tuple[float, float] | None:
+        """The ends of the interval of a figure, if it has one."""
+        low, high = self.system_value(system, f"{key}_low"), self.system_value(system, f"{key}_high")
+        return None if low is None or high is None else (low, high)
+
     def systems_with(self, key: str) -> list[str]:
         """The systems that have a number under `key`."""
         return [name for name in self.systems if self.system_value(name, key) is not None]

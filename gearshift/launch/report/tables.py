@@ -85,12 +85,12 @@ def _fixed(value: float | None, decimals: int) -> str:
 
 
 def _true_score(material: Material, name: str) -> tuple[str, str]:
-    value, interval = material.system_value(name, "true_score"), material.system_value(name, "true_score_ci95")
+    value = material.system_value(name, "true_score")
     if value is None:
         return NONE, ""
-    if is_share(material):
-        return f"{value:.1%}", "" if interval is None else f"± {interval * 100:.1f}"
-    return number(value), "" if interval is None else f"± {number(interval)}"
+    show = (lambda v: f"{v:.1%}") if is_share(material) else number
+    ends = material.interval(name, "true_score")
+    return show(value), "" if ends is None else f"{show(ends[0])} to {show(ends[1])}"
 
 
 def number(value: Any) -> str:
