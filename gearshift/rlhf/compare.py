@@ -42,7 +42,8 @@ def compare(config: CompareConfig, report: Report) -> None:
         examined = examination.examine(system)
         answers[name] = [{"system": name, **_judged(a, prompts[a["id"]], checker)} for a in examined.answers]
         figures = summary(answers[name], examined.text_loss, settings.resamples, seed)
-        report.say(f"{name:<12} " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        means = {key: value for key, value in figures.items() if not key.endswith(("_low", "_high"))}
+        report.say(f"{name:<12} " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
         report.log(number, {f"{name}/{key}": value for key, value in figures.items()})
         systems[name] = {**figures, "prefixes": examined.prefixes} if examined.prefixes else dict(figures)
     if settings.against is not None:

@@ -83,7 +83,7 @@ def _row(cells: Sequence[str]) -> str:
 def _cell(figures: dict[str, Any], key: str, decimals: int) -> str:
     if key not in figures:
         return "-"
-    text = f"{figures[key]:.{decimals}f}"
-    if f"{key}_low" in figures:
-        text += f" [{figures[f'{key}_low']:.{decimals}f}, {figures[f'{key}_high']:.{decimals}f}]"
-    return text
+    shown = [
+        f"{round(figures[k], decimals) + 0.0:.{decimals}f}" for k in (key, f"{key}_low", f"{key}_high") if k in figures
+    ]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
