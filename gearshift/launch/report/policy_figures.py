@@ -70,7 +70,7 @@ def over_optimisation(material: Material) -> Drawn:
         if not scores:
             continue
         drawn.append(scores)
-        window = style.window_for(len(scores))
+        window = 2 * style.window_for(len(scores)) - 1  # wider than a curve over time: both of its axes are noisy
         x = [sqrt(max(0.0, value)) for value in style.smooth(kl.values, window)]
         y = style.smooth(scores.values, window)
         axes.plot(x, y, color=style.colour(run.name), linewidth=1.8, alpha=0.9)
@@ -83,7 +83,7 @@ def over_optimisation(material: Material) -> Drawn:
     axes.set_xlim(left=0)
     label_ends(axes, ends, len(ends) > 1)
     axes.set_xlabel("√KL to the reference, of nats per response")
-    window = max(style.window_for(len(series)) for series in drawn)
+    window = max(2 * style.window_for(len(series)) - 1 for series in drawn)
     smoothed = (f"Means of {window} neighbouring iterations.",) if window > 1 else ()
     return Drawn(figure, ("Hollow: first iteration; full: last.", *smoothed))
 
@@ -165,8 +165,7 @@ def panels(name: str) -> Callable[[Material], Drawn]:
         found = [panel for panel in PANELS[name] if any(run.series(panel.metric) for run in runs)]
         if not found:
             raise Missing(f"no run here logged {' or '.join(panel.metric for panel in PANELS[name])}")
-        figure = style.new_figure(height=1.0 + 1.75 * len(found) if len(found) > 1 else 3.4)
-        grid: list[Axes] = list(figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0])
+        figure, grid = style.stacked(1.0 + 1.75 * len(found) if len(found) > 1 else 3.4, len(found), sharex=True)
         notes: dict[str, None] = {}
         for axes, panel in zip(grid, found, strict=True):
             notes |= dict.fromkeys(_draw_panel(material, panel, axes))

@@ -57,7 +57,7 @@ def _draw_accuracy(run: Run, axes: Axes) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(min(0.45, min(series.values) - 0.03), 1.0)
     axes.yaxis.set_major_formatter(style.PERCENT)
-    axes.set_title(f"{run.label}, accuracy on pairs")
+    axes.set_title(f"{run.label}, accuracy")
 
 
-STAGE_FIGURES = (Spec("stages", "Stages trained on given data", "Validation rows are never trained on.", stage_losses),)
+STAGE_FIGURES = (Spec("stages", "Stages trained on given data", "Validation rows are never trained on. Accuracy is on held-out pairs.", stage_losses),)

@@ -24,7 +24,7 @@ FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Arial", "Liberation Sans",
 
 TEXT = 10.3  # points
 WIDTH = 4.8  # inches; narrow, so that the text is still 11 pixels high where a phone shrinks the figure to its width
-PERCENT = PercentFormatter(1.0, decimals=0)
+PERCENT = PercentFormatter(1.0)  # as many decimals as the ticks need
 DPI = 200  # two pixels per logical pixel
 
 
@@ -67,6 +67,13 @@ def new_figure(width: float = WIDTH, height: float = 3.4) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def stacked(height: float, rows: int, columns: int = 1, **how: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, row by row, with room between a panel's ticks and the title below them."""
+    figure = new_figure(height=height)
+    figure.set_layout_engine("constrained", hspace=0.09 if rows > 1 else 0.0)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **how).flat)
 
 
 def styled() -> Any:
@@ -154,9 +161,10 @@ def point_labels(axes: Axes, points: Sequence[tuple[float, float, str, str]], si
         near = crowds and entry[0] - crowds[-1][-1][0] < reach
         crowds[-1].append(entry) if near else crowds.append([entry])
     for crowd in crowds:
+        right_of = max(x for x, *_ in crowd)
         crowd.sort(key=lambda entry: entry[1])
-        for place, (x, _, text, ink) in zip(spread([y for _, y, *_ in crowd], gap), crowd, strict=True):
-            axes.annotate(text, (x, place), (7, 0), axes.transAxes, textcoords="offset points", va="center",
+        for place, (_, _, text, ink) in zip(spread([y for _, y, *_ in crowd], gap), crowd, strict=True):
+            axes.annotate(text, (right_of, place), (7, 0), axes.transAxes, textcoords="offset points", va="center",
                           color=ink, fontsize=size, weight="bold")  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import sqrt
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from gearshift.launch.report import style
 from gearshift.launch.report.drawing import Drawn, Spec
@@ -92,8 +93,8 @@ def scores(material: Material) -> Drawn:
     if not material.systems_with("score"):
         raise Missing("systems.json has no score")
     rows = len(material.systems)
-    figure = style.new_figure(height=(0.27 * rows + 0.75) * len(panels))
-    for axes, (key, title, share) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    figure, grid = style.stacked((0.27 * rows + 0.75) * len(panels), len(panels))
+    for axes, (key, title, share) in zip(grid, panels, strict=True):
         draw_dots(material, key, axes)
         axes.set_title(title)
         if share:
@@ -103,7 +104,7 @@ def scores(material: Material) -> Drawn:
     return Drawn(figure)
 
 
-def draw_dots(material: Material, key: str, axes: Axes, named: bool = True) -> None:
+def draw_dots(material: Material, key: str, axes: Axes, named: bool = True, bins: int = 4) -> None:
     """One row per system that has the figure: a dot and, where it has one, its interval."""
     systems, others = material.systems_with(key), material.uncoloured()
     for row, name in enumerate(systems):
@@ -115,6 +116,7 @@ def draw_dots(material: Material, key: str, axes: Axes, named: bool = True) -> N
     axes.set_ylim(len(systems) - 0.5, -0.5)
     axes.grid(visible=True, axis="both")
     axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(bins))
 
 
 def against_kl(material: Material) -> Drawn:
@@ -123,10 +125,11 @@ def against_kl(material: Material) -> Drawn:
     if not keys or not material.systems_with("kl"):
         raise Missing("systems.json has no score with a kl")
     titles = {"true_score": "Right answers" if is_share(material) else "True score", "score": "Reward-model score"}
-    figure = style.new_figure(height=2.6 * len(keys) + 0.4)
-    panels = figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, key in zip(panels, keys, strict=True):
-        _draw_against_kl(material, key, axes)
+    figure, panels = style.stacked(2.6 * len(keys) + 0.4, len(keys), sharex=True)
+    points = [_draw_against_kl(material, key, axes) for axes, key in zip(panels, keys, strict=True)]
+    panels[0].set_xlim(right=panels[0].get_xlim()[1] * 1.12)  # of both, and before the labels, which it moves
+    for axes, key, named in zip(panels, keys, points, strict=True):
+        style.point_labels(axes, named)
         axes.set_title(titles[key])
         if key == "true_score" and is_share(material):
             axes.yaxis.set_major_formatter(style.PERCENT)
@@ -134,7 +137,8 @@ def against_kl(material: Material) -> Drawn:
     return Drawn(figure)
 
 
-def _draw_against_kl(material: Material, key: str, axes: Axes) -> None:
+def _draw_against_kl(material: Material, key: str, axes: Axes) -> list[tuple[float, float, str, str]]:
+    """Draws the points; returns what their labels need."""
     others = material.uncoloured()
     points = []
     for name in material.systems_with(key):
@@ -147,8 +151,7 @@ def _draw_against_kl(material: Material, key: str, axes: Axes) -> None:
         axes.plot(x, value, "o", color=ink, markersize=6.5)
         points.append((x, value, label(name), style.text_colour(name, others)))
     axes.margins(0.12)
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.12)
-    style.point_labels(axes, points)
+    return points
 
 
 def texts(material: Material) -> Drawn:
@@ -157,15 +160,14 @@ def texts(material: Material) -> Drawn:
     if not found:
         raise Missing("systems.json has none of " + ", ".join(key for key, _ in TEXT_FIGURES))
     lines = -(-len(found) // 2)
-    figure = style.new_figure(height=(0.24 * len(material.systems) + 0.75) * lines)
-    grid = figure.subplots(lines, 2, squeeze=False)
+    figure, grid = style.stacked((0.24 * len(material.systems) + 0.75) * lines, lines, 2)
     for place, (key, title) in enumerate(found):
-        axes = grid.flat[place]
+        axes = grid[place]
         # Names stand once a line, beside the first panel: both panels must then show the same systems.
         same = place % 2 == 1 and material.systems_with(key) == material.systems_with(found[place - 1][0])
-        draw_dots(material, key, axes, named=not same)
+        draw_dots(material, key, axes, named=not same, bins=2)
         axes.set_title(title)
-    for axes in list(grid.flat)[len(found) :]:
+    for axes in grid[len(found) :]:
         axes.set_axis_off()
     return Drawn(figure)
 

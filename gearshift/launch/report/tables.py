@@ -21,7 +21,7 @@ COLUMNS = (  # key in systems.json, heading, decimals
     ("kl", "KL, nats", 2),
     ("length", "Length, tokens", 1),
     ("eos_rate", "EOS rate", 3),
-    ("pretraining_loss", "Pretraining loss, nats per token", 3),
+    ("pretraining_loss", "Text loss, nats a token", 3),
     ("distinct_1", "Distinct-1", 3),
     ("distinct_2", "Distinct-2", 3),
 )
@@ -179,7 +179,7 @@ def _verdict(answer: dict[str, Any]) -> str:
 
 def _details(answer: dict[str, Any]) -> str:
     parts = [
-        f"{name}\N{NO-BREAK SPACE}{answer[key]:.2f}"
+        f"{name}\N{NO-BREAK SPACE}{round(answer[key], 2) + 0.0:.2f}"
         for key, name in (("score", "score"), ("kl", "KL"))
         if is_number(answer.get(key))
     ]
