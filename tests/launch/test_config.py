@@ -270,7 +270,7 @@ def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
 
 def test_which_configs_are_shipped() -> None:
     assert sorted(path.stem for path in SHIPPED) == sorted(
-        ["pretrain", "sft", "reward", "ppo-ptx", "compare"] * 2 + ["ppo", "flan", "t0", "compare-full"]
+        ["pretrain", "sft", "flan", "t0", "reward", "ppo", "ppo-ptx", "compare"] * 2 + ["compare-full"]
     )
 
 

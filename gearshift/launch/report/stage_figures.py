@@ -60,4 +60,11 @@ def _draw_accuracy(run: Run, axes: Axes) -> None:
     axes.set_title(f"{run.label}, accuracy")
 
 
-STAGE_FIGURES = (Spec("stages", "Stages trained on given data", "Validation rows are never trained on. Accuracy is on held-out pairs.", stage_losses),)
+STAGE_FIGURES = (
+    Spec(
+        "stages",
+        "Stages trained on given data",
+        "Validation rows are never trained on. Accuracy is on held-out pairs.",
+        stage_losses,
+    ),
+)
