@@ -275,7 +275,7 @@ class PpoConfig(Config):
 
 
 class CompareConfig(Config):
-    """Systems side by side on the same prompts: score, KL, length, loss on pretraining text."""
+    """Systems side by side on the same prompts: scores, win rates, KL, length, loss on pretraining text."""
 
     systems: dict[str, SystemSettings] = Field(min_length=1, description="Name -> the model it stands for")
     reference: FixedReferenceSettings
