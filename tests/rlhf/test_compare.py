@@ -57,6 +57,7 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
             "prompted": {"init": str(first), "prefixes": ["the cat ", "go there "]},
             "prompted-again": {"init": str(first), "prefix": "go there "},
             "short": {"init": str(first), "max_new_tokens": 1, "top_k": 1},
+            "cool": {"init": str(first), "temperature": 0.5},
         },
         "reference": {"init": str(first)},
         "reward": {"init": str(save_reward_model(tmp_path / "reward"))},
@@ -74,14 +75,16 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
     two_ranks.run(compare_systems, values, timeout=60)
     systems = json.loads((tmp_path / "run/systems.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
+    candidates_of: dict[str, list[dict[str, Any]]] = {}
     by_name = {name: [row for row in rows if row["system"] == name] for name in values["systems"]}
     assert [(row["system"], row["id"]) for row in rows] == [(s, i) for s in values["systems"] for i in range(5)]
     assert max(abs(row["kl"]) for row in by_name["first"]) < 1e-4
     assert max(abs(row["kl"]) for row in by_name["other"]) > 0.05
     assert max(abs(row["kl"]) for row in by_name["prompted"]) > 1e-3
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompt_rows(5)] * 5
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompt_rows(5)] * 6
     for name, found in systems.items():
         own, candidates = by_name[name], found.pop("prefixes", [])
+        candidates_of[name] = candidates
         assert found.pop("against") == "first"
         expected = summary(own, found["pretraining_loss"], 2000, 0) | win_rates(own, by_name["first"], 2000, 0)
         assert found == pytest.approx(expected)
@@ -93,7 +96,10 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
     assert set(rows[0]) == {
         "system", "id", "prompt", "response", "score", "kl", "length", "finished", "true_score"
     }  # fmt: skip
+    # On the selection prompts, of which there are others: the same prefix has another score than on the test prompts.
+    assert candidates_of["prompted"][1]["score"] != pytest.approx(systems["prompted-again"]["score"])
     assert {row["length"] for row in by_name["short"]} == {1}
+    assert max(abs(row["kl"]) for row in by_name["cool"]) > 0.05  # the reference stays at the common temperature
     assert (systems["first"]["win_rate"], systems["first"]["win_rate_low"]) == (0.5, 0.5)
     assert len({row["length"] for row in rows}) > 2
     assert "| prompted-again |" in (tmp_path / "run/systems.md").read_text()
