@@ -11,6 +11,7 @@ shakespeare/tinyshakespeare.txt (github.com/karpathy/char-rnn). What is written,
 | demonstrations, demonstrations_validation | `prompt`, `completion`; 5% of the training questions are validation |
 | comparisons, comparisons_validation | `context`, `completions`: models' solutions, a correct one beats a wrong one |
 | prompts, prompts_validation | the training questions, split like the demonstrations, with `answer` |
+| flan, flan_validation; t0, t0_validation | `inputs`, `targets`: the training rows as tasks with short answers |
 | prompts_test | test questions of which no solution was ranked, with `answer` |
 
 The comparisons are about test questions (there are no others), so these are split by their hash: 60% train the reward
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +32,28 @@ from gearshift.errors import UserError
 from gearshift.rlhf.data.sources import read_source
 from gearshift.rlhf.scorers import final_number
 
+# The baselines on public tasks: the same rows, never as a question that is to be worked out. `{question}` and
+# `{solution}` are the row's, `{said}` is a number that is right every other time. A number as target is written as
+# GSM8K ends a solution, so that the scorer can read it. FLAN spells options out (Wei et al. 2021); T0's templates are
+# worded each in its own way (Sanh et al. 2021).
+TASKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "flan": {
+        "number": ("{question} The final number is:", "Give the number only. {question}"),
+        "judge": (
+            "{question} Is it {said}? OPTIONS: yes, no",
+            "Q: {question} A: {said}. Is the answer correct? OPTIONS: yes, no",
+        ),
+        "steps": ("{question} How many lines does the solution have?", "Count the steps that this takes: {question}"),
+    },
+    "t0": {
+        "number": ("Someone asks: {question} What number do you tell them?", "{question} I need just the result."),
+        "question": ("{solution} What was the question?", "Write a problem that this solves: {solution}"),
+        "judge": (
+            "My friend read this: {question} Her answer is {said}. Is she right, yes or no?",
+            "{question} Yes or no, is that {said}?",
+        ),
+    },
+}
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 VALIDATION_SHARE = 0.05  # of the training questions
 REWARD_SHARE, REWARD_VALIDATION_SHARE = 0.60, 0.20  # of the test questions; the rest is for the comparison
@@ -74,6 +98,9 @@ def prepare(data: Path, out: Path) -> dict[Path, int]:
         "prompts_validation": [prompt(row) for row in validation],
         "prompts_test": [prompt(row) for row in test if part(row["question"]) == "comparison"],
     }
+    for mixture in TASKS:
+        files[mixture] = [task(mixture, number, row) for number, row in enumerate(kept)]
+        files[f"{mixture}_validation"] = [task(mixture, number, row) for number, row in enumerate(validation)]
     out.mkdir(parents=True, exist_ok=True)
     return {_write(out / f"{name}.jsonl", rows): len(rows) for name, rows in files.items()}
 
@@ -101,6 +128,23 @@ def prompt(row: Row) -> Row:
     if number is None:
         raise UserError(f"the solution of {row['question'][:60]!r} does not end in '#### number'")
     return {"prompt": row["question"], "answer": str(number)}
+
+
+def task(mixture: str, number: int, row: Row) -> Row:
+    """A training row as one of the mixture's tasks, each in turn, under one of its templates."""
+    rng = random.Random(f"{mixture}/{row['question']}")  # seeded by text: the same on every machine
+    name = list(TASKS[mixture])[number % len(TASKS[mixture])]
+    right = prompt(row)["answer"]
+    said = right if rng.random() < 0.5 else str(int(float(right)) + rng.choice((-10, -2, -1, 1, 2, 10)))
+    targets = {
+        "number": f"#### {right}",
+        "judge": "yes" if said == right else "no",
+        "steps": str(row["answer"].count("\n")),  # its last line is the number
+        "question": row["question"],
+    }
+    template = rng.choice(TASKS[mixture][name])
+    inputs = template.format(question=row["question"], solution=row["answer"], said=said)
+    return {"inputs": inputs, "targets": targets[name], "task": name}
 
 
 def comparison(row: Row) -> Row | None:

@@ -12,6 +12,7 @@ import math
 from gearshift.engine.settings import check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
+from gearshift.launch.compare_checks import check_comparison
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
 from gearshift.launch.rows import readers, row_problems
 from gearshift.rlhf.ppo_settings import PpoSettings
@@ -58,8 +59,7 @@ def check(config: Config, ranks: int) -> None:
         _check_rollout(config, ranks)
     check_run_folder(config, ranks)
     if isinstance(config, CompareConfig):
-        _check_unread(config)
-        _check_checker(config.compare.true_score)
+        check_comparison(config)
     else:
         assert isinstance(config, PretrainConfig | PpoConfig)
         _check_tokenizer_settings(config)
@@ -167,33 +167,6 @@ def _check_ptx(config: PpoConfig) -> None:
     if config.ptx.data and config.ptx.weight == 0:
         raise SettingError(
             "ptx.data", "with ptx.coef 0 this is plain PPO: leave ptx.coef out (27.8, as InstructGPT's), or ptx.data"
-        )
-
-
-def _check_unread(config: CompareConfig) -> None:
-    """What stands in a section that compare shares with ppo, but trains nothing with."""
-    for field, value in (
-        ("data.train", config.data.train),
-        ("ptx.data", config.ptx.data),
-        ("ptx.coef", config.ptx.coef),
-        ("rollout.offload_optimizer", config.rollout.offload_optimizer),
-    ):
-        if value:
-            raise SettingError(field, "gearshift compare trains nothing, so it would not be read: leave it out")
-
-
-def _check_checker(name: str | None) -> None:
-    """`module:function` can be found; the module itself is imported by the ranks only."""
-    if name is None:
-        return
-    module, _, function = name.partition(":")
-    try:
-        found = bool(function) and importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        raise SettingError(
-            "compare.true_score", f"{name} cannot be found: write module:function, the module on PYTHONPATH"
         )
 
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "sft": ("gearshift.launch.sft", "supervised fine-tuning on demonstrations"),
     "reward": ("gearshift.launch.reward", "a reward model from ranked completions"),
     "ppo": ("gearshift.launch.ppo", "PPO, and PPO-ptx with ptx.coef above 0"),
-    "compare": ("gearshift.launch.compare", "systems side by side: score, KL, length, loss on pretraining text"),
+    "compare": ("gearshift.launch.compare", "systems side by side: scores, win rates, KL, loss on pretraining text"),
     "verify": ("gearshift.launch.verify", "is a checkpoint whole, and nothing in it but tensors"),
     "export": ("gearshift.launch.export", "a checkpoint as a folder that from_pretrained loads"),
     "report": ("gearshift.launch.report", "report.html and pictures of a run folder"),

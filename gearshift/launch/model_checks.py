@@ -15,6 +15,7 @@ from gearshift.engine.plans import plan_for
 from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
 from gearshift.launch.resume_checks import check_resume, check_start
+from gearshift.rlhf.compare_settings import SystemSettings
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig
 
 
@@ -84,7 +85,7 @@ def check_models(config: Config, ranks: int) -> None:
         fails("data.tokenizer", folders.tokenizer_problem(str(tokenizer)))
     if isinstance(config, CompareConfig):
         for name, system in config.systems.items():
-            _check_writer(f"systems.{name}.init", system.init, config, ranks)
+            _check_system(name, system, config, ranks)
         fails("reference.init", folders.model_problem(config.reference.init))
         fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
     if isinstance(config, PretrainConfig):
@@ -97,6 +98,18 @@ def check_models(config: Config, ranks: int) -> None:
         if config.reference.init != "policy":
             fails("reference.init", folders.model_problem(config.reference.init, classifier=False))
     _check_tokens(config)
+
+
+def _check_system(name: str, system: SystemSettings, config: CompareConfig, ranks: int) -> None:
+    """The model of one system, with the sampling settings that are its own; these are the ones to blame if so."""
+    own = config.model_copy(update={"rollout": system.rollout(config.rollout)})
+    try:
+        _check_writer(f"systems.{name}.init", system.init, own, ranks)
+    except SettingError as error:
+        setting = error.field.removeprefix("rollout.")
+        if getattr(system, setting, None) is None or setting == error.field:
+            raise
+        raise SettingError(f"systems.{name}.{setting}", error.problem) from None
 
 
 def _check_trained(config: PretrainConfig) -> None:

@@ -58,6 +58,8 @@ def readers(config: Config) -> Iterator[tuple[str, list[str], Reader]]:
         yield "train.pretraining", config.train.pretraining, read_document
     if isinstance(config, PpoConfig):
         yield "ptx.data", config.ptx.data, read_document
+    if isinstance(config, CompareConfig):
+        yield "compare.selection", config.compare.selection, read_prompt
     yield "data.train", config.data.train, main
     yield "data.validation", config.data.validation, main
     yield "data.tokenizer_text", config.data.tokenizer_text, read_document

@@ -21,6 +21,7 @@ from gearshift.engine.settings import (
     Section,
     Sources,
 )
+from gearshift.rlhf.compare_settings import CompareSettings, SystemSettings
 from gearshift.rlhf.data.formats import Keys
 from gearshift.rlhf.ppo_settings import PpoSettings, PtxSettings
 
@@ -171,23 +172,6 @@ class TrackingSettings(Section):
     samples: int = Field(8, ge=0, description="ppo: rows written to samples.jsonl each time")
 
 
-class SystemSettings(Section):
-    """One model of a comparison."""
-
-    init: str = Field(description="Hugging Face folder or hub name")
-    prefix: str = Field("", description="Text put before every prompt (a few-shot prefix)")
-
-
-class CompareSettings(Section):
-    """How systems are compared."""
-
-    prompts: int | None = Field(None, ge=1, description="Prompts answered, the first of data.validation; null: all")
-    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one scoring forward; changes memory only")
-    true_score: str | None = Field(
-        None, description='Checker with known answers, "module:function" of (row, response) -> float; null: none'
-    )
-
-
 class Config(Section):
     """What every command has."""
 
@@ -232,7 +216,7 @@ class PpoConfig(Config):
 
 
 class CompareConfig(Config):
-    """Systems side by side on the same prompts: score, KL, length, loss on pretraining text."""
+    """Systems side by side on the same prompts: scores, win rates, KL, length, loss on pretraining text."""
 
     systems: dict[str, SystemSettings] = Field(min_length=1, description="Name -> the model it stands for")
     reference: FixedReferenceSettings

@@ -146,9 +146,9 @@ def write_world(folder: str | Path) -> dict[str, Path]:
 
 def pretraining(name: str, stories: int, prose: int) -> list[dict[str, Any]]:
     """Documents (`text`), shuffled: stories, and prose about the training words and all the sums."""
-    rng = _rng(name)
+    rng = seeded(name)
     words, sums = _of_split(all_words(), "train"), all_sums()
-    texts = [_story(rng) for _ in range(stories)]
+    texts = [story(rng) for _ in range(stories)]
     for number in range(prose):
         kind = KINDS[number % len(KINDS)]
         content = rng.choice(sums if kind.name == "sum" else words)
@@ -159,21 +159,21 @@ def pretraining(name: str, stories: int, prose: int) -> list[dict[str, Any]]:
 
 def tokenizer_text() -> list[dict[str, Any]]:
     """Text (`text`) with all that is said in this world but its words and numbers: questions, prose, stories."""
-    rng = _rng("tokenizer")
+    rng = seeded("tokenizer")
     said = [*REFUSALS, *RAMBLINGS, *(text for kind in KINDS for text in (*kind.questions, kind.prose))]
     frames = [text.replace("{answer}", "").replace("{}", "") for text in said] * 20
-    return [{"text": text} for text in [*frames, *(_story(rng) for _ in range(500))]]
+    return [{"text": text} for text in [*frames, *(story(rng) for _ in range(500))]]
 
 
 def prompts(split: str, count: int) -> list[dict[str, Any]]:
     """`prompt`, `answer` (the list of accepted ones) and `kind`."""
-    questions = _questions(_rng(f"prompts/{split}"), split, count)
+    questions = _questions(seeded(f"prompts/{split}"), split, count)
     return [{"prompt": one.prompt, "answer": [one.answer], "kind": one.kind.name} for one in questions]
 
 
 def demonstrations(split: str, count: int) -> list[dict[str, Any]]:
     """`prompt` and `completion`, by labelers of mixed quality (`LABELER`)."""
-    rng = _rng(f"demonstrations/{split}")
+    rng = seeded(f"demonstrations/{split}")
     rows = []
     for question in _questions(rng, split, count):
         rows.append({"prompt": question.prompt, "completion": _respond(rng, question, _manner(rng, LABELER), _mistake)})
@@ -182,7 +182,7 @@ def demonstrations(split: str, count: int) -> list[dict[str, Any]]:
 
 def comparisons(split: str, count: int) -> list[dict[str, Any]]:
     """`context` and four different `completions` of `text` and `rank`: how many others were judged better than it."""
-    rng = _rng(f"comparisons/{split}")
+    rng = seeded(f"comparisons/{split}")
     rows = []
     for question in _questions(rng, split, count):
         answers: dict[str, Manner] = {}
@@ -214,7 +214,7 @@ def all_sums() -> list[str]:
     return [f"{a} + {b}" for a, b in product(addends, addends)]
 
 
-def _rng(purpose: str) -> random.Random:
+def seeded(purpose: str) -> random.Random:
     return random.Random(f"{SEED}/{purpose}")  # seeded by text, through SHA-512: the same on every machine
 
 
@@ -222,7 +222,7 @@ def _of_split(contents: list[str], split: str) -> list[str]:
     return [content for content in contents if split_of(content) == split]
 
 
-def _story(rng: random.Random) -> str:
+def story(rng: random.Random) -> str:
     creature = rng.choice(list(CREATURES))
     place, food = CREATURES[creature]
     first = f"{rng.choice(TIMES)} the {rng.choice(ADJECTIVES)} {creature} {rng.choice(MOVES)} to the {place}."

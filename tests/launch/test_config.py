@@ -254,9 +254,9 @@ SHIPPED = [
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
     """Against each other too, once the files that it names are there: the model of each stage, rows for each reader."""
-    command = path.stem.removesuffix("-ptx")
+    command = {"flan": "sft", "t0": "sft"}.get(path.stem, path.stem.split("-")[0])
     config: Any = load(command, path)
-    for name in ("pretrain", "sft", "ppo", "ppo-ptx"):
+    for name in ("pretrain", "sft", "flan", "t0", "ppo", "ppo-ptx"):
         model_folder(Path(config.run.folder).with_name(name) / "model", max_position_embeddings=512)
     scores = {"architectures": ["LlamaForSequenceClassification"]}
     model_folder(Path(config.run.folder).with_name("reward") / "model", max_position_embeddings=512, **scores)
@@ -268,9 +268,9 @@ def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
     load(command, path, [("run.folder", "elsewhere")], ranks=2)
 
 
-def test_every_stage_ships_two_configs() -> None:
+def test_which_configs_are_shipped() -> None:
     assert sorted(path.stem for path in SHIPPED) == sorted(
-        ["pretrain", "sft", "reward", "ppo-ptx", "compare"] * 2 + ["ppo"]
+        ["pretrain", "sft", "flan", "t0", "reward", "ppo", "ppo-ptx", "compare"] * 2 + ["compare-full"]
     )
 
 

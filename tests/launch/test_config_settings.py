@@ -245,6 +245,16 @@ WRONG_ELSEWHERE = [
     ("compare", "data.validation", [], "data.validation: missing: sources"),
     ("compare", "data.train", "prompts.jsonl", "data.train: gearshift compare trains nothing"),
     ("compare", "ptx.coef", 1.0, "ptx.coef: gearshift compare trains nothing"),
+    ("compare", "compare.against", "ppo", "compare.against: ppo is none of the systems: use one of sft"),
+    ("compare", "systems.sft.prefixes", ["Q: "], "compare.selection: needed with systems.sft.prefixes: sources of"),
+    (
+        "compare",
+        "systems.sft",
+        {"init": "sft", "prefix": "Q: ", "prefixes": ["A: "]},
+        "systems.sft.prefix: prefixes are given to choose from: leave out one of the two",
+    ),
+    ("compare", "compare.selection", "prompts.jsonl", "compare.selection: no system has prefixes to choose from"),
+    ("compare", "systems.sft.top_p", 0.0, "systems.sft.top_p: should be greater than 0, not 0.0"),
     ("sft", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'completion'"),
     ("sft", "data.validation", "text.txt", "data.validation: text.txt:1: no field 'prompt'"),
     ("reward", "data.train", "prompts.jsonl", "data.train: prompts.jsonl:1: no field 'chosen'"),
@@ -262,3 +272,23 @@ def test_what_is_wrong_with_the_others(here: Path, command: str, setting: str, v
     model_folder(here / "foreign", {"a": 0, "c": 1})
     text = error_of(command, changed(example(command), setting, value))
     assert text.split(": ", 1)[1].startswith(says)
+
+
+def test_prefixes_are_not_chosen_on_the_prompts_of_the_comparison(here: Path) -> None:
+    values = changed(example("compare"), "systems.sft.prefixes", ["Q: "])
+    values = changed(values, "compare.selection", "prompts.jsonl")
+    assert "compare.selection: prompts.jsonl is also in data.validation: choose on" in error_of("compare", values)
+
+
+def test_a_system_is_checked_with_its_own_settings(here: Path) -> None:
+    model_folder(here / "small", max_position_embeddings=2048, vocab_size=4)
+    for setting, value, says in (
+        (
+            "max_new_tokens",
+            1500,
+            "systems.other.max_new_tokens: 1500, with data.max_prompt_tokens = 1024, is more than",
+        ),
+        ("top_k", 5, "systems.other.top_k: 5 is more than the 4 tokens of small"),
+    ):
+        values = changed(example("compare"), "systems.other", {"init": "small", setting: value})
+        assert says in error_of("compare", values)

@@ -22,10 +22,13 @@ def write(path: Path, *rows: Any) -> None:
 
 
 def scores(**changes: float) -> dict[str, dict[str, float]]:
-    """True scores 0.1, 0.4, 0.7 and 0.7, each with an interval of 0.05; a KL below the bound."""
+    """True scores 0.1, 0.4, 0.7 and 0.7, each with an interval of ±0.05; a KL below the bound."""
     values = {"base": 0.1, "sft": 0.4, "ppo": 0.7, "ppo-ptx": 0.7, **changes}
     kl = 0.9 * checks.KL_BOUND
-    return {name: {"true_score": true, "true_score_ci95": 0.05, "kl": kl} for name, true in values.items()}
+    return {
+        name: {"true_score": true, "true_score_low": true - 0.05, "true_score_high": true + 0.05, "kl": kl}
+        for name, true in values.items()
+    }
 
 
 @pytest.fixture

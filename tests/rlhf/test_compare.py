@@ -1,7 +1,6 @@
 """Systems side by side: the figures of the table, and one whole comparison on two ranks."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +10,10 @@ import torch
 from gearshift.engine import World
 from gearshift.errors import UserError
 from gearshift.launch.config import validate
-from gearshift.rlhf.compare import compare, load_checker, summary
+from gearshift.rlhf.compare import compare, load_checker
+from gearshift.rlhf.standings import summary, win_rates
 from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
 from tests.worker_group import WorkerGroup
-
-
-def answer(score: float, kl: float, length: int, finished: bool, **more: float) -> dict[str, Any]:
-    return {"score": score, "kl": kl, "length": length, "finished": finished, **more}
-
-
-def test_summary_of_a_list_made_by_hand() -> None:
-    """True scores 1, 0, 1, 1: mean 3/4, s² = (3/16 + 9/16) / 3 = 1/4, half width 1.96 · (1/2) / √4 = 0.49."""
-    answers = [
-        answer(1.0, 0.5, 3, True, true_score=1.0),
-        answer(-2.0, 1.5, 8, False, true_score=0.0),
-        answer(4.0, 0.0, 2, True, true_score=1.0),
-        answer(0.0, -1.0, 3, True, true_score=1.0),
-    ]
-    expected = {
-        "score": 0.75,
-        "kl": 0.25,
-        "length": 4.0,
-        "finished": 0.75,
-        "pretraining_loss": 2.5,
-        "true_score": 0.75,
-        "true_score_ci95": 0.49,
-    }
-    assert summary(answers, 2.5) == pytest.approx(expected)
-
-
-def test_summary_of_500_yes_and_no_is_the_binomial_interval() -> None:
-    answers = [answer(0, 0, 1, True, true_score=float(i < 200)) for i in range(500)]
-    found = summary(answers, None)
-    assert found["true_score"] == pytest.approx(0.4)
-    assert found["true_score_ci95"] == pytest.approx(1.96 * math.sqrt(0.4 * 0.6 / 499), rel=1e-9)
-    assert "pretraining_loss" not in found
-
-
-def test_summary_of_one_answer_has_no_spread() -> None:
-    found = summary([answer(1, 0, 1, True, true_score=1.0)], None)
-    assert (found["true_score"], found["true_score_ci95"]) == (1.0, 0.0)
-    assert set(summary([answer(1, 0, 1, True)], None)) == {"score", "kl", "length", "finished"}
 
 
 def test_a_checker_is_a_function_of_a_module() -> None:
@@ -83,7 +45,7 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
     """Five prompts over two ranks in micro-batches of 2 (one rank has one more): both ranks come to the end.
 
     The reference's own KL is 0; another model's is not, nor its own behind a prefix, which only the writer sees. The
-    figures are those of the answers that are written.
+    figures are those of the answers that are written. Of two candidates for a prefix the better scored one is used.
     """
     first, other = save_policy(tmp_path / "first"), save_policy(tmp_path / "other", seed=7)
     values = {
@@ -92,32 +54,64 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
         "systems": {
             "first": {"init": str(first)},
             "other": {"init": str(other)},
-            "prompted": {"init": str(first), "prefix": "go there "},
+            "prompted": {"init": str(first), "prefixes": ["the cat ", "go there "]},
+            "prompted-again": {"init": str(first), "prefix": "go there "},
+            "short": {"init": str(first), "max_new_tokens": 1, "top_k": 1},
+            "cool": {"init": str(first), "temperature": 0.5},
         },
         "reference": {"init": str(first)},
         "reward": {"init": str(save_reward_model(tmp_path / "reward"))},
         "rollout": {"tp_size": 2, "max_new_tokens": 6},
         "ptx": {"validation": [write_jsonl(tmp_path / "text.jsonl", text_rows(3))], "max_tokens": 16},
-        "compare": {"prompts": 5, "micro_batch_size": 2, "true_score": "tests.rlhf.test_compare:is_long"},
+        "compare": {
+            "prompts": 5,
+            "micro_batch_size": 2,
+            "true_score": "tests.rlhf.test_compare:is_long",
+            "against": "first",
+            "selection": [write_jsonl(tmp_path / "selection.jsonl", prompt_rows(16)[7:])],
+            "selection_prompts": 3,
+        },
     }
     two_ranks.run(compare_systems, values, timeout=60)
     systems = json.loads((tmp_path / "run/systems.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
+    candidates_of: dict[str, list[dict[str, Any]]] = {}
+    by_name = {name: [row for row in rows if row["system"] == name] for name in values["systems"]}
     assert [(row["system"], row["id"]) for row in rows] == [(s, i) for s in values["systems"] for i in range(5)]
-    assert max(abs(row["kl"]) for row in rows[:5]) < 1e-4
-    assert max(abs(row["kl"]) for row in rows[5:10]) > 0.05
-    assert max(abs(row["kl"]) for row in rows[10:]) > 1e-3
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompt_rows(5)] * 3
+    assert max(abs(row["kl"]) for row in by_name["first"]) < 1e-4
+    assert max(abs(row["kl"]) for row in by_name["other"]) > 0.05
+    assert max(abs(row["kl"]) for row in by_name["prompted"]) > 1e-3
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompt_rows(5)] * 6
     for name, found in systems.items():
-        own = [row for row in rows if row["system"] == name]
-        assert found == pytest.approx(summary(own, found["pretraining_loss"]))
+        own, candidates = by_name[name], found.pop("prefixes", [])
+        candidates_of[name] = candidates
+        assert found.pop("against") == "first"
+        expected = summary(own, found["pretraining_loss"], 2000, 0) | win_rates(own, by_name["first"], 2000, 0)
+        assert found == pytest.approx(expected)
         assert 1 < found["pretraining_loss"] < 30
         assert {row["true_score"] for row in own if row["id"] % 2} == {0.0}
+        check_candidates(values["systems"][name].get("prefixes", []), candidates)
+        if candidates and candidates[1]["chosen"]:  # that is prompted-again's prefix
+            assert [row["response"] for row in own] == [row["response"] for row in by_name["prompted-again"]]
     assert set(rows[0]) == {
         "system", "id", "prompt", "response", "score", "kl", "length", "finished", "true_score"
     }  # fmt: skip
-    assert len({row["length"] for row in rows}) > 1
+    # On the selection prompts, of which there are others: the same prefix has another score than on the test prompts.
+    assert candidates_of["prompted"][1]["score"] != pytest.approx(systems["prompted-again"]["score"])
+    assert {row["length"] for row in by_name["short"]} == {1}
+    assert max(abs(row["kl"]) for row in by_name["cool"]) > 0.05  # the reference stays at the common temperature
+    assert (systems["first"]["win_rate"], systems["first"]["win_rate_low"]) == (0.5, 0.5)
+    assert len({row["length"] for row in rows}) > 2
+    assert "| prompted-again |" in (tmp_path / "run/systems.md").read_text()
     check_text_loss(first, tmp_path / "text.jsonl", systems["first"]["pretraining_loss"])
+
+
+def check_candidates(prefixes: list[str], candidates: list[dict[str, Any]]) -> None:
+    """Every candidate is reported, and the one with the best mean score is the one chosen."""
+    assert [one["prefix"] for one in candidates] == prefixes
+    best = max((one["score"] for one in candidates), default=0.0)
+    assert [one["chosen"] for one in candidates] == [one["score"] == best for one in candidates]
+    assert all(one["score_low"] <= one["score"] <= one["score_high"] for one in candidates)
 
 
 def check_text_loss(folder: Path, text: Path, found: float) -> None:

@@ -72,6 +72,38 @@ def test_self_instruct_needs_only_a_key():
     assert len(encoder.prompts(read_source(str(DATA / "self-instruct/seed_tasks.jsonl"))).rows) == 175
 
 
+def test_a_row_becomes_a_task_of_each_kind(prepare):
+    row = {"question": "How many are 9 and 9?", "answer": "9 + 9 = <<9+9=18>>18\nSo it is 18.\n#### 18"}
+    for mixture, kinds in prepare.TASKS.items():
+        for number, kind in enumerate(kinds):
+            rows = [
+                prepare.task(mixture, number + 3 * i, {**row, "question": f"{i}? {row['question']}"}) for i in range(40)
+            ]
+            assert {one["task"] for one in rows} == {kind}
+            for i, one in enumerate(rows):
+                text = row["answer"] if kind == "question" else f"{i}? How many are 9 and 9?"
+                assert text in one["inputs"]
+                told = {"number": "#### 18", "steps": "2", "question": f"{i}? How many are 9 and 9?"}
+                right = "18" in one["inputs"].replace(row["question"], "")
+                assert one["targets"] == told.get(kind, "yes" if right else "no")
+            frames = {one["inputs"].split("9 and 9?")[-1].split("18")[0] for one in rows}
+            assert len(frames) > 1  # under several templates
+            if kind == "judge":
+                assert 10 < sum(one["targets"] == "yes" for one in rows) < 30
+
+
+@needs("gsm8k/model_solutions.jsonl")
+def test_gsm8k_tasks_are_of_the_training_rows_and_of_their_split(prepared):
+    for mixture in ("flan", "t0"):
+        for suffix in ("", "_validation"):
+            rows, asked = prepared[mixture + suffix], prepared[f"demonstrations{suffix}"]
+            assert len(rows) == len(asked)
+            for row, demonstration in zip(rows, asked, strict=True):
+                whole = row["inputs"] + row["targets"]
+                assert demonstration["prompt"] in whole
+                assert row["inputs"] != demonstration["prompt"]
+
+
 @needs("gsm8k/model_solutions.jsonl")
 def test_gsm8k_is_split_without_overlap(prepared):
     """731 of the 1,319 test questions have both a correct and a wrong solution; the counts follow from the hashes."""

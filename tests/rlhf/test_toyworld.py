@@ -151,7 +151,7 @@ def test_comparisons_rank_four_different_answers_and_err_at_the_stated_rate(rows
 
 def test_without_errors_the_ranks_follow_quality(monkeypatch):
     monkeypatch.setattr(world, "JUDGEMENT_ERROR", 0.0)
-    assert world._judge(world._rng("test"), [3, 0, 2, 0]) == [0, 2, 1, 2]
+    assert world._judge(world.seeded("test"), [3, 0, 2, 0]) == [0, 2, 1, 2]
 
 
 def test_words_are_letters_and_the_rest_is_whole_to_the_trained_tokenizer(rows):

@@ -12,22 +12,44 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from gearshift.errors import UserError
 from gearshift.launch.demo.checks import check
 from gearshift.launch.launcher import visible_gpus
+from gearshift.rlhf.settings import PpoSettings
 
-STAGES = {
-    "pretrain": "pretrain",
-    "sft": "sft",
-    "reward": "reward",
-    "ppo": "ppo",
-    "ppo-ptx": "ppo",
-    "compare": "compare",
-}
 FOLDER = "runs/demo"  # as the configs have it
+OTHER_ADVANTAGES = ("grpo", "rloo")  # they compare answers to one prompt, so each prompt gets several
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo: its run folder's name, the config beside this file, settings in place of the config's.
+
+    A folder's name in `settings` is relative to the demo's."""
+
+    name: str
+    command: str
+    config: str
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def stages(full: bool) -> list[Stage]:
+    """What the demo runs, in order. `full`: all seven systems of the paper, and PPO by other advantages."""
+    recipe = [Stage(name, name, name) for name in ("pretrain", "sft", "reward", "ppo")]
+    recipe.append(Stage("ppo-ptx", "ppo", "ppo-ptx"))
+    if not full:
+        return [*recipe, Stage("compare", "compare", "compare")]
+    recipe[2:2] = [Stage(name, "sft", name) for name in ("flan", "t0")]
+    others = [name for name in OTHER_ADVANTAGES if "advantage" in PpoSettings.model_fields]
+    for name in others:
+        own = {"run.folder": name, "ppo.advantage": name, "ppo.answers": "4"}
+        recipe.append(Stage(name, "ppo", "ppo", own))
+    systems = {f"systems.{name}.init": f"{name}/model" for name in others}
+    return [*recipe, Stage("compare", "compare", "compare-full", systems)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, help="processes, 1, 2, 4 or 8 (default: as many as there are GPUs, else 2)"
     )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="compare all seven systems of the paper (adds: prompted, FLAN, T0); about twice as long",
+    )
     options = parser.parse_args(argv)
     folder, ranks = Path(options.folder), options.ranks or _ranks()
     if ranks not in (1, 2, 4, 8):
         raise UserError(f"--ranks: {ranks} does not divide the demo's batches: use 1, 2, 4 or 8")
     _start_afresh(folder)
-    _write_world(folder)
+    _write_world(folder, options.full)
     timings: dict[str, float] = {}
-    for stage, command in STAGES.items():
-        code = _run(stage, command, folder, ranks, timings)
+    for stage in stages(options.full):
+        code = _run(stage, folder, ranks, timings)
         if code:
-            print(f"gearshift demo: the stage {stage} failed", file=sys.stderr)
+            print(f"gearshift demo: the stage {stage.name} failed", file=sys.stderr)
             return code
     checks = check(folder)
     _write(folder / "checks.json", checks)
@@ -71,32 +98,40 @@ def _start_afresh(folder: Path) -> None:
     """Remove what an earlier demo left; a folder that is something else is not touched."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "world").is_dir():
         raise UserError(f"--folder: {folder} holds something that is not a demo; choose a new folder")
-    for name in [*STAGES, "world", "configs", "report"]:
+    for name in [*(stage.name for stage in stages(full=True)), "world", "configs", "report"]:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _write_world(folder: Path) -> None:
+def _write_world(folder: Path, full: bool) -> None:
+    from gearshift.rlhf.toytasks import write_tasks
     from gearshift.rlhf.toyworld import about, write_world
 
     write_world(folder / "world")
+    if full:
+        write_tasks(folder / "world")
     _write(folder / "world" / "about.json", about())
 
 
-def _run(stage: str, command: str, folder: Path, ranks: int, timings: dict[str, float]) -> int:
+def _run(stage: Stage, folder: Path, ranks: int, timings: dict[str, float]) -> int:
     """One stage through its own command, as a person would start it."""
-    config = folder / "configs" / f"{stage}.yaml"
+    config = folder / "configs" / f"{stage.config}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    text = (files(__package__) / f"{stage}.yaml").read_text(encoding="utf-8")
+    text = (files(__package__) / f"{stage.config}.yaml").read_text(encoding="utf-8")
     config.write_text(text.replace(FOLDER, folder.as_posix()), encoding="utf-8")
     arguments = [str(config), f"--run.ranks={ranks}"]
-    if command in ("ppo", "compare"):
+    if stage.command in ("ppo", "compare"):
         arguments.append(f"--rollout.tp_size={min(2, ranks)}")
-    print(f"\n== {stage}: gearshift {command} {' '.join(arguments)}", flush=True)
+    arguments += [f"--{key}={_value(key, value, folder)}" for key, value in stage.settings.items()]
+    print(f"\n== {stage.name}: gearshift {stage.command} {' '.join(arguments)}", flush=True)
     start = time.perf_counter()
-    code: int = importlib.import_module(f"gearshift.launch.{command}").main(arguments)
-    timings[stage] = time.perf_counter() - start
+    code: int = importlib.import_module(f"gearshift.launch.{stage.command}").main(arguments)
+    timings[stage.name] = time.perf_counter() - start
     _write(folder / "timings.json", timings)
     return code
+
+
+def _value(key: str, value: str, folder: Path) -> str:
+    return (folder / value).as_posix() if key.endswith((".init", ".folder")) else value
 
 
 def _write(path: Path, value: object) -> None:

@@ -39,15 +39,19 @@ def _all_answered(folder: Path) -> dict[str, Any]:
 
 
 def _above(systems: dict[str, Any], better: str, worse: str) -> dict[str, Any]:
-    """By more than the 95% interval of the difference of two means."""
+    """By more than the 95% interval of the difference of two means, from the half widths of their own."""
     margin = systems[better]["true_score"] - systems[worse]["true_score"]
-    interval = math.hypot(systems[better]["true_score_ci95"], systems[worse]["true_score_ci95"])
+    interval = math.hypot(_half_width(systems[better]), _half_width(systems[worse]))
     return {
         "name": f"true score of {better} above {worse}",
         "passed": margin > interval,
         "detail": f"{systems[better]['true_score']:.3f} against {systems[worse]['true_score']:.3f}; "
         f"the difference {margin:+.3f} must exceed its 95% interval, {interval:.3f}",
     }
+
+
+def _half_width(figures: dict[str, Any]) -> float:
+    return float(figures["true_score_high"] - figures["true_score_low"]) / 2
 
 
 def _bounded(name: str, value: float, bound: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gearshift.errors import UserError
-from gearshift.launch.report.material import Material, read_compare, read_run, read_stages
+from gearshift.launch.report.material import STAGES, Material, read_compare, read_run, read_stages
 
 DEMO_FOLDERS = ("pretrain", "sft", "reward", "ppo", "ppo-ptx", "compare")
 
@@ -44,15 +44,15 @@ def demo_report(folder: str | Path) -> Path:
 def folder_report(folder: str | Path) -> Path:
     """Write the report of one run, one comparison, or of whatever stages a folder holds; return the page's path."""
     folder = _existing(Path(folder))
+    if (folder / "systems.json").is_file():  # first: a comparison logs metrics too
+        return _write(read_compare(folder))
     if (folder / "metrics.jsonl").is_file():
         return _write(read_run(folder))
-    if (folder / "systems.json").is_file():
-        return _write(read_compare(folder))
-    if any((folder / name).is_dir() for name in DEMO_FOLDERS):
+    if any((folder / name).is_dir() for name in (*STAGES, "compare")):
         return _write(read_stages(folder))
     raise UserError(
         f"{folder}: nothing to report: no metrics.jsonl, no systems.json and none of the folders "
-        f"{', '.join(DEMO_FOLDERS)}"
+        f"{', '.join((*STAGES, 'compare'))}"
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 
 from gearshift.errors import UserError
 
-LABELS = {"pretrain": "Base model", "base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
-LABELS |= {"ppo-ptx": "PPO-ptx"}
-STAGES = ("pretrain", "sft", "reward", "ppo", "ppo-ptx")
-POLICIES = ("ppo", "ppo-ptx")
-SYSTEM_ORDER = ("base", "sft", "ppo", "ppo-ptx")
+LABELS = {"pretrain": "Base model", "base": "Base", "prompted": "Prompted", "flan": "FLAN", "t0": "T0", "sft": "SFT"}
+LABELS |= {"reward": "Reward model", "ppo": "PPO", "ppo-ptx": "PPO-ptx", "grpo": "GRPO", "rloo": "RLOO"}
+POLICIES = ("ppo", "ppo-ptx", "grpo", "rloo")
+STAGES = ("pretrain", "sft", "flan", "t0", "reward", *POLICIES)
+SYSTEM_ORDER = ("base", "prompted", "flan", "t0", "sft", *POLICIES)
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,15 @@ class Material:
     def system_value(self, system: str, key: str) -> float | None:
         value = self.systems.get(system, {}).get(key)
         return float(value) if is_number(value) else None
+
+    def uncoloured(self) -> list[str]:
+        """The systems that have no colour of their own, in order."""
+        return [name for name in self.systems if name not in SYSTEM_ORDER]
+
+    def interval(self, system: str, key: str) -> tuple[float, float] | None:
+        """The ends of the interval of a figure, if it has one."""
+        low, high = self.system_value(system, f"{key}_low"), self.system_value(system, f"{key}_high")
+        return None if low is None or high is None else (low, high)
 
     def systems_with(self, key: str) -> list[str]:
         """The systems that have a number under `key`."""

@@ -1,6 +1,7 @@
 """The numbers behind the figures, taken from a Material without drawing anything."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
@@ -8,7 +9,36 @@ from gearshift.launch.report.material import Material, Run, Series, is_number
 
 SCORE, KL, EPISODES = "objective/scores", "objective/kl", "objective/episodes"
 HELDOUT, EXPLAINED = "loss/pretraining_heldout", "critic/explained_variance"
+ENTROPY, OBJECTIVE_ENTROPY = "policy/entropy_avg", "objective/entropy"
 PHASES = ("generation", "shift", "score", "train")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric over iterations. `share`: shown in per cent; `from_zero`: its axis holds 0."""
+
+    metric: str
+    title: str
+    share: bool = False
+    from_zero: bool = True
+
+
+PANELS = {
+    "entropy": (
+        Panel(ENTROPY, "Entropy, nats a token"),
+        Panel(OBJECTIVE_ENTROPY, "Minus log-probability of an answer, nats"),
+    ),
+    "lengths": (
+        Panel("rollout/length", "Length, tokens"),
+        Panel("rollout/finished", "Answers that ended", share=True, from_zero=False),
+    ),
+    "clipping": (
+        Panel("policy/clipfrac_avg", "Policy: ratios clipped", share=True),
+        Panel("critic/clipfrac_avg", "Critic: values clipped", share=True),
+        Panel("policy/approxkl_avg", "Approximate KL of an update, nats a token"),
+    ),
+    "memory": (Panel("memory/peak_gib", "Peak memory of a rank, GiB"),),
+}
 
 
 class Missing(Exception):
@@ -29,6 +59,14 @@ def episodes_axis(run: Run, series: Series) -> list[float] | None:
     episodes = run.series(EPISODES)
     at = dict(zip(episodes.steps, episodes.values, strict=True)) if episodes else {}
     return [at[step] for step in series.steps] if all(step in at for step in series.steps) else None
+
+
+def paired(run: Run, one: str, other: str) -> tuple[Series, Series]:
+    """Two metrics at the steps at which both were logged; empty if there are none."""
+    first, second = (run.series(metric) or Series((), ()) for metric in (one, other))
+    at, also = dict(zip(first.steps, first.values, strict=True)), dict(zip(second.steps, second.values, strict=True))
+    steps = tuple(step for step in first.steps if step in also)
+    return Series(steps, tuple(at[step] for step in steps)), Series(steps, tuple(also[step] for step in steps))
 
 
 def phase_seconds(run: Run) -> tuple[tuple[int, ...], dict[str, list[float]]]:

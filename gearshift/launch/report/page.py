@@ -11,17 +11,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gearshift import __version__
 from gearshift.launch.report import style, tables
-from gearshift.launch.report.figures import (
-    POLICY_FIGURES,
-    STAGE_FIGURES,
-    SYSTEM_FIGURES,
-    Spec,
-)
+from gearshift.launch.report.drawing import Spec
 from gearshift.launch.report.material import Material, label
 from gearshift.launch.report.measures import Missing
+from gearshift.launch.report.policy_figures import POLICY_FIGURES
 from gearshift.launch.report.singles import single_figures
+from gearshift.launch.report.stage_figures import STAGE_FIGURES
 from gearshift.launch.report.summary import DPI as SUMMARY_DPI
 from gearshift.launch.report.summary import summary
+from gearshift.launch.report.system_figures import SYSTEM_FIGURES
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ def _training_specs(material: Material) -> tuple[Spec, ...]:
 
 
 def _pictures(specs: tuple[Spec, ...], material: Material, images: Path) -> list[Picture]:
-    return [_picture(spec, material, images, style.DPI) for spec in specs]
+    pictures = [(spec, _picture(spec, material, images, style.DPI)) for spec in specs]
+    return [picture for spec, picture in pictures if picture.uri or not spec.optional]
 
 
 def _picture(spec: Spec, material: Material, images: Path, dpi: int) -> Picture:

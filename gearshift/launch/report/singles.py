@@ -4,12 +4,13 @@ from collections import defaultdict
 from math import ceil
 
 from gearshift.launch.report import style
-from gearshift.launch.report.figures import Drawn, Spec, smoothing_note, x_axis
+from gearshift.launch.report.drawing import Drawn, Spec, smoothing_note, x_axis
 from gearshift.launch.report.material import Material, Run
-from gearshift.launch.report.measures import EPISODES, EXPLAINED, HELDOUT, KL, PHASES, SCORE, Missing
+from gearshift.launch.report.measures import EPISODES, EXPLAINED, HELDOUT, KL, PANELS, PHASES, SCORE, Missing
 
 SHOWN_ELSEWHERE = {SCORE, KL, EPISODES, HELDOUT, EXPLAINED, "loss/train", "loss/validation", "reward/accuracy"}
 SHOWN_ELSEWHERE |= {f"timing/{phase}" for phase in PHASES}
+SHOWN_ELSEWHERE |= {panel.metric for panels in PANELS.values() for panel in panels}
 
 
 def other_metrics(run: Run) -> dict[str, list[str]]:

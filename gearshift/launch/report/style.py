@@ -12,16 +12,19 @@ from matplotlib import colors, font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 INK, MUTED, GRID = "#1f2430", "#5d6472", "#e6e8ec"
 COLOURS = {"base": "#85898f", "pretrain": "#85898f", "sft": "#0072b2", "reward": "#a8568a"}
-COLOURS |= {"ppo": "#d55e00", "ppo-ptx": "#009e73"}
-OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#4b3f72")
+COLOURS |= {"ppo": "#d55e00", "ppo-ptx": "#009e73", "prompted": "#8c6d31", "flan": "#cc79a7", "t0": "#c99700"}
+COLOURS |= {"grpo": "#3a9bd9", "rloo": "#5d4a9c"}
+OTHER_COLOURS = ("#7a5195", "#ef5675", "#2f8f9d", "#6b8e23")
 PHASES = {"generation": "#2f4b6e", "shift": "#e0a526", "score": "#b5a7c9", "train": "#7d93ad", "other": "#dfe2e7"}
 FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 
 TEXT = 10.3  # points
-WIDTH = 5.6  # inches; at 100 logical pixels an inch, half of the page's column
+WIDTH = 4.8  # inches; narrow, so that the text is still 11 pixels high where a phone shrinks the figure to its width
+PERCENT = PercentFormatter(1.0)  # as many decimals as the ticks need
 DPI = 200  # two pixels per logical pixel
 
 
@@ -64,6 +67,13 @@ def new_figure(width: float = WIDTH, height: float = 3.4) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def stacked(height: float, rows: int, columns: int = 1, **how: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, row by row, with room between a panel's ticks and the title below them."""
+    figure = new_figure(height=height)
+    figure.set_layout_engine("constrained", hspace=0.09 if rows > 1 else 0.0)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **how).flat)
 
 
 def styled() -> Any:
@@ -132,6 +142,30 @@ def end_labels(axes: Axes, labels: Iterable[tuple[float, str, str]], size: float
     axes.set_ylim(low, high)
     for place, (_, text, ink) in zip(places, entries, strict=True):
         axes.text(1.02, place, text, transform=axes.transAxes, color=ink, fontsize=size, va="center", weight="bold")
+
+
+def point_labels(axes: Axes, points: Sequence[tuple[float, float, str, str]], size: float = TEXT - 1) -> None:
+    """Name points beside them: (x, y, text, colour) each, moved apart in height where they would cover another's. Call
+    after the axis limits are final."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    figure = axes.get_figure(root=True)
+    place_in_grid = axes.get_subplotspec()
+    if figure is None or place_in_grid is None:
+        raise ValueError("point_labels needs axes made by subplots")
+    width, height = figure.get_size_inches()
+    gap = 1.25 * size / 72 / (height * place_in_grid.get_position(figure).height)
+    reach = max((len(text) for _, _, text, _ in points), default=0) * 0.62 * size / 72 / width
+    entries = sorted(((x - left) / (right - left), (y - low) / (high - low), text, ink) for x, y, text, ink in points)
+    crowds: list[list[tuple[float, float, str, str]]] = []
+    for entry in entries:
+        near = crowds and entry[0] - crowds[-1][-1][0] < reach
+        crowds[-1].append(entry) if near else crowds.append([entry])
+    for crowd in crowds:
+        right_of = max(x for x, *_ in crowd)
+        crowd.sort(key=lambda entry: entry[1])
+        for place, (_, _, text, ink) in zip(spread([y for _, y, *_ in crowd], gap), crowd, strict=True):
+            axes.annotate(text, (right_of, place), (7, 0), axes.transAxes, textcoords="offset points", va="center",
+                          color=ink, fontsize=size, weight="bold")  # fmt: skip
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

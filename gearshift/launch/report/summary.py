@@ -5,14 +5,11 @@ from typing import Any
 from matplotlib import rc_context
 
 from gearshift.launch.report import style
-from gearshift.launch.report.figures import (
-    Drawn,
-    draw_learning,
-    draw_pretraining_loss,
-    draw_true_scores,
-)
+from gearshift.launch.report.drawing import Drawn
 from gearshift.launch.report.material import Material
 from gearshift.launch.report.measures import Missing
+from gearshift.launch.report.policy_figures import draw_learning, draw_pretraining_loss
+from gearshift.launch.report.system_figures import draw_true_scores
 
 SIZE = (12.0, 7.0)  # inches
 DPI = 100

@@ -11,26 +11,31 @@ from gearshift.launch.report.measures import is_share
 
 NONE = "\N{EN DASH}"  # what a table shows where there is no number
 PROMPTS_SHOWN = 12
-SAMPLES_SHOWN = 8  # of the first and of the last logged step each
+SAMPLES_SHOWN = 8  # of each step
+SAMPLE_STEPS = 5  # the first and the last logged one, and those between them at equal distances
 COLUMNS = (  # key in systems.json, heading, decimals
     ("true_score", "True score", 3),
     ("score", "Reward score", 2),
+    ("win_rate", "Wins", 3),
+    ("true_win_rate", "Wins by true score", 3),
     ("kl", "KL, nats", 2),
     ("length", "Length, tokens", 1),
-    ("pretraining_loss", "Pretraining loss, nats per token", 3),
+    ("eos_rate", "EOS rate", 3),
+    ("pretraining_loss", "Text loss, nats a token", 3),
+    ("distinct_1", "Distinct-1", 3),
+    ("distinct_2", "Distinct-2", 3),
 )
+SHARES = ("win_rate", "true_win_rate", "eos_rate")  # shown in per cent
 
 
 @dataclass(frozen=True)
 class SystemRow:
-    """One system: `cells` in the order of `system_columns`."""
+    """One system: `cells` in the order of `system_columns`, each a figure and its interval ("" where there is none)."""
 
     name: str
     label: str
     colour: str
-    cells: list[str]
-    true_score: str  # with its unit, "" if not known
-    interval: str  # "± …", "" if not known
+    cells: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Timing:
 
 
 def colour(material: Material, name: str) -> str:
-    return style.colour(name, [other for other in material.systems if other not in style.COLOURS])
+    return style.colour(name, material.uncoloured())
 
 
 def system_columns(material: Material) -> list[tuple[str, str, int]]:
@@ -69,28 +74,46 @@ def system_columns(material: Material) -> list[tuple[str, str, int]]:
 
 def system_rows(material: Material) -> list[SystemRow]:
     columns = system_columns(material)
-    rows = []
-    for name in material.systems:
-        score, interval = _true_score(material, name)
-        cells = [
-            f"{score} {interval}".strip() if key == "true_score" else _fixed(material.system_value(name, key), decimals)
-            for key, _, decimals in columns
-        ]
-        rows.append(SystemRow(name, label(name), colour(material, name), cells, score, interval))
-    return rows
+    return [
+        SystemRow(
+            name,
+            label(name),
+            colour(material, name),
+            [figure(material, name, key, digits) for key, _, digits in columns],
+        )
+        for name in material.systems
+    ]
 
 
-def _fixed(value: float | None, decimals: int) -> str:
-    return NONE if value is None else f"{value:.{decimals}f}"
+def figure(material: Material, name: str, key: str, decimals: int = 3) -> tuple[str, str]:
+    """A system's figure and its interval, as text: shares in per cent."""
+    percent = key in SHARES or (key == "true_score" and is_share(material))
 
+    def show(value: float) -> str:
+        return f"{value:.1%}" if percent else f"{round(value, decimals) + 0.0:.{decimals}f}"  # no "-0.00"
 
-def _true_score(material: Material, name: str) -> tuple[str, str]:
-    value, interval = material.system_value(name, "true_score"), material.system_value(name, "true_score_ci95")
+    value, ends = material.system_value(name, key), material.interval(name, key)
     if value is None:
         return NONE, ""
-    if is_share(material):
-        return f"{value:.1%}", "" if interval is None else f"± {interval * 100:.1f}"
-    return number(value), "" if interval is None else f"± {number(interval)}"
+    return show(value), "" if ends is None or ends[0] == ends[1] else f"{show(ends[0])} to {show(ends[1])}"
+
+
+def against(material: Material) -> str:
+    """The label of the system that the others' answers are held against, "" if there is none."""
+    names = [str(figures["against"]) for figures in material.systems.values() if figures.get("against")]
+    return label(names[0]) if names else ""
+
+
+def prefix_rows(material: Material) -> list[tuple[str, str, str, bool]]:
+    """(system, prefix, score with its interval, whether it was chosen) of every candidate for a few-shot prefix."""
+    rows = []
+    for name, figures in material.systems.items():
+        for one in figures.get("prefixes") or []:
+            low, high = number(one.get("score_low")), number(one.get("score_high"))
+            rows.append(
+                (label(name), str(one["prefix"]), f"{number(one['score'])} ({low} to {high})", bool(one["chosen"]))
+            )
+    return rows
 
 
 def number(value: Any) -> str:
@@ -106,7 +129,7 @@ def headline(material: Material) -> list[str]:
     """Sentences that say how the systems came out, whichever way that is."""
     sentences = []
     if scored := material.systems_with("true_score"):
-        parts = [f"{label(name)} {_true_score(material, name)[0]}" for name in scored]
+        parts = [f"{label(name)} {figure(material, name, 'true_score')[0]}" for name in scored]
         prompts = len({answer["id"] for answer in material.answers})
         where = f"On {prompts:,} held-out prompts" if prompts else "On held-out prompts"
         what = "right answers" if is_share(material) else "mean true score"
@@ -156,7 +179,7 @@ def _verdict(answer: dict[str, Any]) -> str:
 
 def _details(answer: dict[str, Any]) -> str:
     parts = [
-        f"{name}\N{NO-BREAK SPACE}{answer[key]:.2f}"
+        f"{name}\N{NO-BREAK SPACE}{round(answer[key], 2) + 0.0:.2f}"
         for key, name in (("score", "score"), ("kl", "KL"))
         if is_number(answer.get(key))
     ]
@@ -164,10 +187,12 @@ def _details(answer: dict[str, Any]) -> str:
 
 
 def sample_groups(run: Run) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """[(heading, [(prompt, response, details)])] of a run's first and last logged samples."""
-    steps = [sample["step"] for sample in run.samples if is_number(sample.get("step"))]
+    """[(heading, [(prompt, response, details)])] of a run's samples over time: up to `SAMPLE_STEPS` logged steps."""
+    steps = sorted({sample["step"] for sample in run.samples if is_number(sample.get("step"))})
+    last = len(steps) - 1
+    shown = sorted({round(last * i / (SAMPLE_STEPS - 1)) for i in range(SAMPLE_STEPS)}) if steps else []
     groups = []
-    for step in dict.fromkeys([min(steps), max(steps)] if steps else []):
+    for step in (steps[place] for place in shown):
         found = [sample for sample in run.samples if sample.get("step") == step][:SAMPLES_SHOWN]
         rows = [(str(s.get("prompt", "")), str(s.get("response", "")), _details(s)) for s in found]
         groups.append((f"Step {step}", rows))
