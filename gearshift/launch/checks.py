@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from gearshift.engine.settings import check_shift
+from gearshift.engine.settings import check_attention_setting, check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
@@ -157,6 +157,7 @@ def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
     check_shift(config.deepspeed, config.rollout.offload_optimizer)
+    check_attention_setting(config.rollout.attention, config.run.dtype)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ def _answer(
         slots=config.rollout.slots,
         bucket_bytes=config.rollout.bucket_mb << 20,
         keep_weights=config.rollout.keep_weights,
+        attention=config.rollout.attention,
+        cuda_graphs=config.rollout.cuda_graphs,
         deepspeed_extra=config.deepspeed,
     )
     sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)
