@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gearshift.kernels import native
 
 # What makes the host wait for a device, or gives as much as the values say.
 FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
@@ -29,6 +34,14 @@ class Recording:
             step()
         type(self).made += 1
         return log.replay
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """As on a GPU: none of the compiled functions, whose work a recording would not see."""
+    few_rows = importlib.import_module("gearshift.kernels.few_rows_linear")
+    with patch.object(native, "built", lambda: None), patch.object(few_rows, "has_wide_registers", lambda: False):
+        yield
 
 
 class _Log(TorchDispatchMode):

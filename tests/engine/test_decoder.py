@@ -1,7 +1,6 @@
 """The step of decoding: nothing in it waits for a device, and recordings of it draw what it draws."""
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +12,14 @@ from torch.utils._pytree import tree_leaves
 from gearshift.engine import Prompts, Rollouts, Sampling
 from gearshift.engine.decoder import Decoder, Feed, Recorder, decode_step
 from gearshift.engine.distributed import TensorParallelGroup, World
+from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
 from gearshift.engine.replica import Replica
-from gearshift.kernels import FlashKernel, native
-from tests.engine.recording import Recording
+from gearshift.errors import SettingError, UserError
+from gearshift.kernels import FlashKernel
+from tests.engine.recording import Recording, torch_only
 from tests.engine.simulated import on_ranks
+from tests.kernels.flash import flash_attn_with_kvcache
 from tests.models import tiny_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -124,12 +126,10 @@ def test_that_it_would_be_seen(way: str) -> None:
 
 
 @pytest.fixture
-def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: no compiled function, whose work a recording would not see."""
-    monkeypatch.setattr(native, "built", lambda: None)
-    few_rows = importlib.import_module("gearshift.kernels.few_rows_linear")
-    monkeypatch.setattr(few_rows, "has_wide_registers", lambda: False)
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Recording, "made", 0)
+    with torch_only():
+        yield
 
 
 def roll_out(replica: Replica, prompts: Prompts, sampling: Sampling, slots: int | None) -> Rollouts:
@@ -144,10 +144,10 @@ def same(one: Rollouts, other: Rollouts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "slots"), [("llama", None), ("llama", 3), ("llama", 1), ("gemma2", 3), ("opt", None), ("opt", 3)]
+    ("family", "slots"), [("llama", None), ("llama", 3), ("llama", 1), ("gemma2", 3), ("gpt2", None), ("gpt2", 3)]
 )
-def test_recordings_draw_what_the_step_draws(torch_only: None, family: str, slots: int | None) -> None:
-    """Over refilled slots, rows that fall away, and cache widths; opt has no positions for rows that are not there.
+def test_recordings_draw_what_the_step_draws(recording: None, family: str, slots: int | None) -> None:
+    """Over refilled slots, rows that fall away, and cache widths; gpt2 has no position for rows that are not there.
     The weights and the seed may change, as long as they lie where they did."""
     plain, recorded = replica_of(family), replica_of(family, Recording)
     recorded.cache.block = 8
@@ -170,7 +170,7 @@ def test_recordings_draw_what_the_step_draws(torch_only: None, family: str, slot
     assert {size.top_k for size in recorded.decoder._table} == {None, 40}
 
 
-def test_recordings_go_when_the_cache_does(torch_only: None) -> None:
+def test_recordings_go_when_the_cache_does(recording: None) -> None:
     sampling = Sampling(6, eos_ids=())
     plain, recorded = replica_of("llama"), replica_of("llama", Recording)
     roll_out(recorded, some_prompts(3), sampling, None)
@@ -185,7 +185,7 @@ def test_recordings_go_when_the_cache_does(torch_only: None) -> None:
     assert {size.rows for size in recorded.decoder._table} == {3}
 
 
-def test_rows_that_are_not_there_write_where_nobody_reads(torch_only: None) -> None:
+def test_rows_that_are_not_there_write_where_nobody_reads(recording: None) -> None:
     """Free slots keep the prompts that other rows may still copy."""
     recorded = replica_of("llama", Recording)
     recorded.cache.reset(8, 16)
@@ -207,7 +207,7 @@ class Failing(Recording):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
 
-def test_without_recordings_when_none_can_be_made(torch_only: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_recordings_when_none_can_be_made(recording: None, capsys: pytest.CaptureFixture[str]) -> None:
     replica = replica_of("llama", Failing)
     sampling = Sampling(8, eos_ids=())
     for _ in range(2):
@@ -230,7 +230,7 @@ class Twice:
 
 
 def test_all_ranks_go_on_without_recordings_when_one_fails(
-    torch_only: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recording: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else some would replay a sum over the group that the others never start."""
 
@@ -250,3 +250,32 @@ def test_all_ranks_go_on_without_recordings_when_one_fails(
     assert sorted(line.rpartition(": ")[2] for line in lines) == [
         "another rank failed", "operation not permitted when stream is capturing"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "says"),
+    [
+        ("gpt_oss", {}, "attention sinks, as GptOssAttention has: use sdpa"),
+        ("deepseek_v3", {}, "keys of 12 numbers with values of 6, as DeepseekV3Attention has: use sdpa"),
+        ("qwen3", {"head_dim": 264}, "heads of 264 numbers (256 at most), as Qwen3Attention has: use sdpa"),
+    ],
+)
+def test_what_flash_attn_cannot_do_is_refused(family: str, more: dict[str, Any], says: str) -> None:
+    config, group = tiny_config(family, **more), TensorParallelGroup(ALONE, 1)
+    with pytest.raises(UserError) as caught:
+        Replica(config, group, torch.bfloat16, ALONE.device, flash=flash_attn_with_kvcache)
+    assert str(caught.value) == f"rollout.attention: flash-attn does not know {says}"
+
+
+def test_flash_attn_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a dtype and on a device that it knows."""
+    gpu = torch.device("cuda")
+    for found, dtype, device, says in (
+        (None, torch.bfloat16, gpu, 'flash needs flash-attn: pip install "gearshift[flash]", or use sdpa'),
+        (object(), torch.float32, gpu, "flash-attn knows no fp32: set run.dtype to bf16, or use sdpa"),
+        (object(), torch.bfloat16, ALONE.device, "flash needs a GPU, and this rank computes on cpu: use sdpa"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        with pytest.raises(SettingError) as caught:
+            flash_kernel(dtype, device)
+        assert str(caught.value) == f"rollout.attention: {says}"
