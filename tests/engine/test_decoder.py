@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gearshift.engine import Prompts, Rollouts, Sampling
-from gearshift.engine.decoder import Decoder, Feed, Recorder, decode_step
+from gearshift.engine.decoder import CudaGraphs, Decoder, Feed, Recorder, decode_step
 from gearshift.engine.distributed import TensorParallelGroup, World
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
@@ -28,10 +28,14 @@ VOCABULARY = 131
 
 
 def replica_of(
-    family: str, recorder: Callable[[], Recorder] | None = None, flash: FlashKernel | None = None
+    family: str,
+    recorder: Callable[[], Recorder] | None = None,
+    flash: FlashKernel | None = None,
+    world: World = ALONE,
 ) -> Replica:
     """With random weights, as large as those of `save_tiny`."""
-    replica = Replica(tiny_config(family), TensorParallelGroup(ALONE, 1), torch.float32, ALONE.device, recorder, flash)
+    group = TensorParallelGroup(world, 1)
+    replica = Replica(tiny_config(family), group, torch.float32, world.device, recorder, flash)
     rng = torch.Generator().manual_seed(0)
     for parameter in replica.slices.values():
         noise = torch.randn(parameter.shape, generator=rng)
@@ -134,7 +138,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def roll_out(replica: Replica, prompts: Prompts, sampling: Sampling, slots: int | None) -> Rollouts:
     replica.stamp = 0
-    return Generator(replica, ALONE, slots, 0).generate(prompts, sampling)
+    return Generator(replica, replica.group.world, slots, 0).generate(prompts, sampling)
 
 
 def same(one: Rollouts, other: Rollouts) -> None:
@@ -168,6 +172,26 @@ def test_recordings_draw_what_the_step_draws(recording: None, family: str, slots
     assert rows in (({8}, {8, 9}) if slots is None else ({slots},))
     assert made[1::2] == made[::2], "the same prompts again are served by the same recordings"
     assert {size.top_k for size in recorded.decoder._table} == {None, 40}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("family", "slots"), [("llama", None), ("llama", 3), ("gemma2", 3), ("gpt2", None)])
+def test_cuda_graphs_draw_what_the_step_draws(family: str, slots: int | None) -> None:
+    world = World(0, 1, 0, 1, torch.device("cuda", 0))
+    plain, captured = replica_of(family, world=world), replica_of(family, CudaGraphs, world=world)
+    captured.cache.block = 8
+    for turn in range(2):
+        sampling = Sampling(24, eos_ids=tuple(range(2, 12)), temperature=0.8, seed=turn, top_k=(None, 40)[turn])
+        want = roll_out(plain, some_prompts(9, turn), sampling, slots)
+        for _ in range(2):
+            same(roll_out(captured, some_prompts(9, turn), sampling, slots), want)
+        for replica in (plain, captured):
+            for parameter in replica.slices.values():
+                parameter.mul_(1.1)
+    assert captured.decoder.records
+    assert len(captured.decoder._table) >= 4
+    captured.cache.free()
+    same(roll_out(captured, some_prompts(4), sampling, slots), roll_out(plain, some_prompts(4), sampling, slots))
 
 
 def test_recordings_go_when_the_cache_does(recording: None) -> None:
