@@ -109,8 +109,9 @@ class Setting:
 
 
 def tests(setting: Setting) -> Part:
-    """Not the check that kernels compile for other GPUs, which needs none."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]
+    """Of the kernels and of captured decoding; not the check that kernels compile for other GPUs, which needs none."""
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/engine/test_decoder.py"]
+    command += ["-q", "-p", "no:cacheprovider"]
     command += ["--ignore=tests/kernels/test_compiled.py"]
     if setting.tiny:
         command += ["-k", "value_loss"]
@@ -133,11 +134,42 @@ def kernel(name: str, limit: float) -> Callable[[Setting], Part]:
     return part
 
 
+def launched(setting: Setting, script: str, sizes: dict[str, int], out: Path) -> list[str]:
+    """A benchmark under DeepSpeed's launcher, a rank for each GPU."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull]
+    launcher += ["--num_gpus" if setting.gpus else "--num_accelerators", str(setting.ranks)]
+    return [*launcher, str(ROOT / "benchmarks" / script), *words(setting, sizes), "--out", str(out)]
+
+
+def words(setting: Setting, sizes: dict[str, int]) -> list[str]:
+    named = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    return [*named, "--dtype", "bf16" if setting.gpus else "fp32"]
+
+
+def decode(setting: Setting) -> Part:
+    """On one GPU: a Llama of 1.1 billion parameters, decoded with and without CUDA graphs and flash-attn."""
+    out = setting.work / "decode.json"
+    sizes = {"kv-heads": 8, "repeats": 3}
+    if setting.tiny:
+        sizes = {"hidden": 48, "layers": 2, "heads": 2, "vocabulary": 512, "prompt-tokens": 8, "new-tokens": 8}
+        sizes |= {"repeats": 1, "rows": 2}
+    command = [sys.executable, str(ROOT / "benchmarks/decode.py"), *words(setting, sizes), "--out", str(out)]
+    return Part("decode", 420, [command], {out: ".json"})
+
+
+def shift(setting: Setting) -> Part:
+    """A Llama of 1.1 billion parameters, into one replica over all GPUs."""
+    out = setting.work / "shift.json"
+    sizes = {"hidden": 1536, "layers": 36, "heads": 12, "vocabulary": 32000, "repeats": 5}
+    if setting.tiny:
+        sizes = {"hidden": 48, "layers": 2, "heads": 2, "vocabulary": 512, "repeats": 1}
+    command = launched(setting, "shift.py", sizes, out)
+    return Part("shift", 300, [command], {out: ".json", out.with_suffix(".png"): ".png"})
+
+
 def rollout(setting: Setting) -> Part:
     """A Llama of 1.1 billion parameters; its 12 heads divide by 1, 2, 3 and 4 GPUs."""
     out = setting.work / "rollout.json"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull]
-    launcher += ["--num_gpus" if setting.gpus else "--num_accelerators", str(setting.ranks)]
     sizes = {
         "hidden": 1536, "layers": 36, "heads": 12, "vocabulary": 32000, "prompts": 64, "prompt-tokens": 256,
         "new-tokens": 128, "repeats": 3,
@@ -145,10 +177,7 @@ def rollout(setting: Setting) -> Part:
     if setting.tiny:
         sizes |= {"hidden": 48, "layers": 2, "vocabulary": 512, "prompts": 4, "prompt-tokens": 8, "new-tokens": 8}
         sizes |= {"repeats": 1}
-    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    dtype = "bf16" if setting.gpus else "fp32"
-    command = [*launcher, str(ROOT / "benchmarks/rollout.py"), *words, "--dtype", dtype, "--out", str(out)]
-    return Part("rollout", 420, [command], {out: ".json"})
+    return Part("rollout", 420, [launched(setting, "rollout.py", sizes, out)], {out: ".json"})
 
 
 def ppo(setting: Setting) -> Part:
@@ -168,6 +197,8 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "ppo_targets": kernel("ppo_targets", 240),
     "policy_loss": kernel("policy_loss", 120),
     "value_loss": kernel("value_loss", 120),
+    "decode": decode,
+    "shift": shift,
     "rollout": rollout,
     "ppo": ppo,
 }

@@ -82,7 +82,6 @@ def main() -> None:
 
 def one_seed(folder: Path, seed: int) -> None:
     from gearshift.rlhf.toytasks import write_tasks
-
     from gearshift.rlhf.toyworld import write_world
 
     if not (folder / "world").is_dir():

@@ -27,7 +27,8 @@ def check_attention(model: Any, forward: Callable[[Tensor, Tensor], Any], device
     """`forward(tokens, positions)` runs the model's backbone. Collective over the ranks that hold it.
 
     Raises UserError for a model that keeps a state beside keys and values, that passes attention something which
-    rollouts do not know, or whose masks are neither causal nor a sliding window.
+    rollouts (or flash-attn, where it is to be used) do not know, or whose masks are neither causal nor a sliding
+    window.
     """
     _check_state(model)
     _register()
@@ -91,6 +92,8 @@ def _attention(
     if not hasattr(module, "layer_idx"):
         raise UserError(f"{type(module).__name__} does not know which layer it is in, which rollouts need")
     module.attention_seen.append(int(module.layer_idx))
+    if module.rollout_cache.flash is not None:
+        _check_flash(module, query, value, s_aux)
     if attention_mask is not None:
         rule = getattr(attention_mask, "rule", None)
         if rule is None:
@@ -100,6 +103,18 @@ def _attention(
         _check_rule(module, rule, sliding_window)
     n, heads, length, _ = query.shape
     return query.new_zeros(n, length, heads, value.shape[-1]), None
+
+
+def _check_flash(module: nn.Module, query: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+    size, value_size = query.shape[-1], value.shape[-1]
+    for wrong, what in (
+        (sinks is not None, "attention sinks"),
+        (size != value_size, f"keys of {size} numbers with values of {value_size}"),
+        (size > 256, f"heads of {size} numbers (256 at most)"),
+    ):
+        if wrong:
+            name = type(module).__name__
+            raise UserError(f"rollout.attention: flash-attn does not know {what}, as {name} has: use sdpa")
 
 
 def _check_rule(module: nn.Module, rule: Callable[..., Tensor], window: int | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.errors import UserError
-from gearshift.kernels import Columns, decode_attention, score_attention
+from gearshift.kernels import Columns, FlashKernel, decode_attention, flash_decode, score_attention
 
 ATTENTION_NAME = "gearshift_rollout"
 
@@ -28,10 +28,14 @@ class KeyValueCache:
 
     Rows are left-aligned: position p of a row stands in column p. A forward is either a prefill of some rows from
     position 0 (which may go unwritten), or one new position for the first `n` rows.
+
+    `limit`: most positions that a row may have (None: as many as there is memory for); `block`: capacities are
+    multiples of it; `flash`: attends in decoding, in place of `scaled_dot_product_attention`. `version` grows whenever
+    the buffers go.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit  # most positions that a row may have (None: as many as there is memory for)
+    def __init__(self, limit: int | None = None, block: int = 1, flash: FlashKernel | None = None) -> None:
+        self.limit, self.block, self.flash, self.version = limit, block, flash, 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.capacity = 0
         self._prefill: Tensor | None = None  # rows being filled
@@ -45,13 +49,21 @@ class KeyValueCache:
                 "embedding changes with the length of a row, which rollouts do not support: lower "
                 "data.max_prompt_tokens or rollout.max_new_tokens"
             )
+        capacity = self.rounded(capacity)
         if rows > self.rows or capacity > self.capacity:
-            self._layers.clear()
-            self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
+            self._drop(max(rows, self.rows), max(capacity, self.capacity))
+
+    def rounded(self, capacity: int) -> int:
+        """The capacity that a cache for so many positions gets."""
+        return -(-capacity // self.block) * self.block
 
     def free(self) -> None:
+        self._drop(0, 0)
+
+    def _drop(self, rows: int, capacity: int) -> None:
         self._layers.clear()
-        self.rows = self.capacity = 0
+        self.rows, self.capacity = rows, capacity
+        self.version += 1
 
     def begin_prefill(self, rows: Tensor) -> None:
         self._prefill = rows
@@ -60,9 +72,9 @@ class KeyValueCache:
         """Whole rows from position 0, whose keys and values nobody reads again: nothing is written."""
         self._prefill = torch.empty(0, dtype=torch.int64)
 
-    def begin_decode(self, positions: Tensor) -> None:
-        """positions [n]: where each of the first n rows gets its new token."""
-        self._prefill, self._columns = None, Columns(positions)
+    def begin_decode(self, positions: Tensor, width: int | None = None) -> None:
+        """positions [n]: where each of the first n rows gets its new token; see `Columns`."""
+        self._prefill, self._columns = None, Columns(positions, width)
 
     def move(self, sources: Tensor, targets: Tensor, width: int | None = None) -> None:
         """Copy rows, or their first `width` positions, onto others."""
@@ -99,19 +111,11 @@ class KeyValueCache:
             return scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
-        keys, values = self._buffers(layer, key, value)
-        out = decode_attention(
-            query[:, :, 0],
-            key[:, :, 0],
-            value[:, :, 0],
-            keys,
-            values,
-            self._columns,
-            scaling=scaling,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        newest = query[:, :, 0], key[:, :, 0], value[:, :, 0], *self._buffers(layer, key, value), self._columns
+        if self.flash is not None:
+            out = flash_decode(self.flash, *newest, scaling=scaling, window=window, softcap=softcap)
+        else:
+            out = decode_attention(*newest, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
         return out[:, :, None]
 
     def _buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,6 +177,13 @@ def _quiet_stdout() -> Iterator[None]:
     finally:
         sys.stdout.close()
         sys.stdout = saved
+
+
+def now(device: torch.device) -> float:
+    """Seconds, all that was launched on the device done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class TensorParallelGroup:

@@ -9,6 +9,7 @@ it (see `sampling`).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from gearshift.engine import scoring
 from gearshift.engine.batches import Prompts, Rollouts, Rows
+from gearshift.engine.decoder import Feed, draw
 from gearshift.engine.distributed import World
 from gearshift.engine.exchange import gather_rows
 from gearshift.engine.replica import Replica
 from gearshift.engine.room import check_memory, check_positions, position_bytes
-from gearshift.engine.sampling import Sampling, sample_tokens, uniforms
+from gearshift.engine.sampling import Sampling
 from gearshift.engine.waiting import Admission, Waiting
 from gearshift.errors import UserError
 
@@ -113,7 +115,7 @@ class Generator:
         """A cache for `slots` rows of `capacity` positions. Raises UserError on every rank when some rank has none."""
         replica, cache = self._replica, self._replica.cache
         check_positions(replica.model.config, capacity, self._world)
-        rows, columns = max(slots, cache.rows), max(capacity, cache.capacity)
+        rows, columns = max(slots, cache.rows), max(cache.rounded(capacity), cache.capacity)
         grows = (rows, columns) != (cache.rows, cache.capacity)
         each = columns * position_bytes(replica.model.config, replica.group.size, replica.head.weight.dtype)
         check_memory(each, rows if grows else 0, cache.held_bytes, self._world)
@@ -122,18 +124,21 @@ class Generator:
 
 @dataclass
 class _Slots:
-    """The rows being decoded: row number, position of the newest token, that token."""
+    """The rows being decoded: row number, position of the newest token, that token; `longest`: the largest position."""
 
     rows: Tensor
     positions: Tensor
     tokens: Tensor
+    longest: int
 
     def select(self, keep: Tensor) -> _Slots:
-        return _Slots(self.rows[keep], self.positions[keep], self.tokens[keep])
+        positions = self.positions[keep]
+        return _Slots(self.rows[keep], positions, self.tokens[keep], int(positions.max()) if len(positions) else 0)
 
     def join(self, other: _Slots) -> _Slots:
         pairs = ((self.rows, other.rows), (self.positions, other.positions), (self.tokens, other.tokens))
-        return _Slots(*(torch.cat(pair) for pair in pairs))
+        rows, positions, tokens = (torch.cat(pair) for pair in pairs)
+        return _Slots(rows, positions, tokens, max(self.longest, other.longest))
 
 
 class _Decoding:
@@ -154,40 +159,37 @@ class _Decoding:
 
     def run(self) -> Rollouts:
         empty = self.counts[:0]
-        slots = self._fill(_Slots(empty, empty, empty))
+        slots = self._fill(_Slots(empty, empty, empty, 0))
         while len(slots.rows):
-            hidden = self._decode(slots)
-            slots = self._record(_Slots(slots.rows, slots.positions + 1, slots.tokens), hidden)
+            slots = self._step(slots)
         return self._rollouts()
 
-    def _decode(self, slots: _Slots) -> Tensor:
-        """One forward over the newest token of every slot: hidden states [n, H]."""
-        self.replica.cache.begin_decode(slots.positions)
-        return self.replica.hidden(slots.tokens[:, None], slots.positions[:, None])[:, -1]
-
-    def _record(self, slots: _Slots, hidden: Tensor) -> _Slots:
-        """Sample a token for every slot, then refill or drop the slots that ended."""
-        slots, running = self._sample(slots, hidden)
+    def _step(self, slots: _Slots) -> _Slots:
+        """A token more for every slot, then refill or drop the slots that ended."""
+        feed = self._feed(slots)
+        tokens, logprobs = self.replica.decoder.step(self.sampling, feed, slots.longest)
+        slots = _Slots(slots.rows, slots.positions + 1, tokens, slots.longest + 1)
+        running = self._keep(slots, logprobs, feed.counts)
         if bool(running.all()):
             return slots
         return self._fill(self._drop(slots, running))
 
-    def _sample(self, slots: _Slots, hidden: Tensor) -> tuple[_Slots, Tensor]:
-        """The slots with their new tokens (whose position `slots.positions` already is), and which go on [n] bool."""
-        rows, s = slots.rows, self.sampling
-        count = self.counts[rows]
-        uniform = uniforms(s.seed, self.prompts.draws[rows], self.prompts.samples[rows], count)
-        tokens, logprobs = sample_tokens(
-            hidden, self.replica.head, s.temperature, uniform, self.replica.group, s.top_k, s.top_p
-        )
-        self.responses[rows, count] = tokens
-        self.logprobs[rows, count] = logprobs
-        self.counts[rows] = count + 1
-        ended = torch.isin(tokens, self.eos)
-        if s.stop is not None:
-            ended |= s.stop.completed(self.responses, rows, count + 1)
+    def _feed(self, slots: _Slots) -> Feed:
+        rows, p = slots.rows, self.prompts
+        seeds = torch.full_like(rows, self.sampling.seed)
+        return Feed(slots.tokens, slots.positions, p.draws[rows], p.samples[rows], self.counts[rows], seeds)
+
+    def _keep(self, slots: _Slots, logprobs: Tensor, counts: Tensor) -> Tensor:
+        """Into the answers, of `counts [n]` tokens so far, go the slots' new tokens; which slots go on [n] bool."""
+        rows = slots.rows
+        self.responses[rows, counts] = slots.tokens
+        self.logprobs[rows, counts] = logprobs
+        self.counts[rows] = counts + 1
+        ended = torch.isin(slots.tokens, self.eos)
+        if self.sampling.stop is not None:
+            ended |= self.sampling.stop.completed(self.responses, rows, counts + 1)
         self.finished[rows] = ended
-        return _Slots(rows, slots.positions, tokens), ~ended & (count + 1 < self.prompts.limits[rows])
+        return ~ended & (counts + 1 < self.prompts.limits[rows])
 
     def _drop(self, slots: _Slots, running: Tensor) -> _Slots:
         """Bring the running rows together at the front: rows from the end move into the gaps, the rest stay."""
@@ -207,7 +209,7 @@ class _Decoding:
         """Give waiting rows the free slots, until all slots work or nothing waits."""
         while len(self.waiting) and len(slots.rows) < self.slot_count:
             admitted = self.waiting.take(self.contents, len(slots.rows))
-            new, running = self._sample(*self._admit(admitted, len(slots.rows)))
+            new, running = self._admit(admitted, len(slots.rows))
             if bool(running.all()):
                 slots = slots.join(new)
             else:  # an answer of one token: its slot is free again
@@ -215,7 +217,7 @@ class _Decoding:
         return slots
 
     def _admit(self, new: Admission, first_slot: int) -> tuple[_Slots, Tensor]:
-        """The prompts of new rows into slots from `first_slot`: the slots, and hidden states [n, H] at their ends."""
+        """The prompts of new rows into slots from `first_slot`: these with their first tokens, and which go on [n]."""
         admitted = [*new.readers, *new.copies]
         rows = torch.tensor(admitted, device=self.counts.device)
         lengths, read = self.prompts.lengths[rows], len(new.readers)
@@ -229,7 +231,11 @@ class _Decoding:
             targets = torch.arange(first_slot + read, first_slot + len(admitted), device=rows.device)
             sources = torch.tensor(new.sources, device=rows.device)
             self.replica.cache.move(sources, targets, int(lengths[read:].max()))
-        return _Slots(rows, lengths, lengths), hidden
+        slots = _Slots(rows, lengths, lengths, int(lengths.max()))
+        feed = self._feed(slots)
+        tokens, logprobs = draw(self.replica, self.sampling, hidden, feed)
+        slots = dataclasses.replace(slots, tokens=tokens)
+        return slots, self._keep(slots, logprobs, feed.counts)
 
     def _prefill(self, rows: Tensor, first_slot: int) -> Tensor:
         """Whole prompts into slots from `first_slot`: hidden states [n, H] at their ends."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-import torch
-
 from gearshift.engine.causal import CausalModel
-from gearshift.engine.distributed import TensorParallelGroup
+from gearshift.engine.decoder import CudaGraphs, Recorder
+from gearshift.engine.distributed import TensorParallelGroup, now
+from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
 from gearshift.engine.memory import Releasable
 from gearshift.engine.offload import OptimizerState
@@ -27,10 +26,13 @@ class HybridEngine(CausalModel):
     `tp_size`: ranks that hold one replica together; `slots`: rows decoded at once by such a group (None: all);
     `bucket_bytes`: the most that a rank sends or receives in one exchange of the shift; `keep_weights`: the replica's
     weights and the shift's buffers stay in memory between rollouts, at the same addresses; `offload_optimizer`: the
-    optimizer's state lies in host memory during rollouts.
+    optimizer's state lies in host memory during rollouts; `attention`: of decoding, "sdpa" or "flash" (flash-attn);
+    `cuda_graphs`: on a GPU, steps of decoding are captured, and with `keep_weights` replayed in later rollouts too,
+    for which the cache of keys and values is kept as well.
 
     Of the last rollout: `shift_seconds` (0 where the replica had the newest weights already), `allocation_seconds` for
-    the memory of weights that had not been kept, `offload_seconds` for the optimizer state's way to the host and back;
+    the memory of weights that had not been kept, `capture_seconds` for capturing CUDA graphs, `offload_seconds` for the
+    optimizer state's way to the host and back;
     `shift_bytes` that this rank received, `shift_bytes_between_hosts` of them from other hosts.
     """
 
@@ -42,13 +44,19 @@ class HybridEngine(CausalModel):
         bucket_bytes: int = 64 << 20,
         keep_weights: bool = True,
         offload_optimizer: bool = False,
+        attention: str = "sdpa",
+        cuda_graphs: bool = True,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         check_shards(self.module, self.world.size)
         self.group = TensorParallelGroup(self.world, tp_size)
         self.slots, self.bucket_bytes, self.keep_weights = slots, bucket_bytes, keep_weights
-        self.shift_seconds = self.allocation_seconds = self.offload_seconds = 0.0
+        self._flash = flash_kernel(self.dtype, self.world.device) if attention == "flash" else None
+        # gloo's collectives, and what computes on a processor, cannot be captured.
+        captured = cuda_graphs and self.world.device.type == "cuda"
+        self._recorder: Callable[[], Recorder] | None = CudaGraphs if captured else None
+        self.shift_seconds = self.allocation_seconds = self.capture_seconds = self.offload_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
         aside = offload_optimizer and self.training is not None
         self._optimizer_state = OptimizerState(self.engine.optimizer, self.world.device) if aside else None
@@ -69,11 +77,15 @@ class HybridEngine(CausalModel):
         """Shift the current weights into the rollout gear; the ZeRO-3 shards are only read. Collective."""
         with self._optimizer_aside(), self._newest_weights() as replica:
             generator = Generator(replica, self.world, self.slots, self.stamp)
+            replica.decoder.seconds = 0.0
             try:
                 yield generator
             finally:
                 generator.close()
-                replica.cache.free()
+                self.capture_seconds = replica.decoder.seconds
+                if not (self.keep_weights and replica.decoder.records):
+                    replica.decoder.forget()
+                    replica.cache.free()
 
     @contextmanager
     def _optimizer_aside(self) -> Iterator[None]:
@@ -81,15 +93,15 @@ class HybridEngine(CausalModel):
         if self._optimizer_state is None:
             yield
             return
-        start = self._now()
+        start = now(self.world.device)
         self._optimizer_state.leave()
-        self.offload_seconds = self._now() - start
+        self.offload_seconds = now(self.world.device) - start
         try:
             yield
         finally:
-            start = self._now()
+            start = now(self.world.device)
             self._optimizer_state.come_back()
-            self.offload_seconds += self._now() - start
+            self.offload_seconds += now(self.world.device) - start
 
     @contextmanager
     def _newest_weights(self) -> Iterator[Replica]:
@@ -109,20 +121,20 @@ class HybridEngine(CausalModel):
         self.shift_bytes = self.shift_bytes_between_hosts = 0
         if replica.stamp == self.stamp:
             return
-        start = self._now()
+        start = now(self.world.device)
         memory.restore()
         shift.buffers.restore()
-        allocated = self._now()
+        allocated = now(self.world.device)
         replica.stamp = None  # what a shift that fails leaves behind is of no step
         moved = shift.run(zero_shards(self.module))
-        self.allocation_seconds, self.shift_seconds = allocated - start, self._now() - allocated
+        self.allocation_seconds, self.shift_seconds = allocated - start, now(self.world.device) - allocated
         self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
         replica.stamp = self.stamp
 
     def _gear(self) -> tuple[Replica, Shift, Releasable]:
         """What the first rollout builds, and all others use."""
         if self._replica is None or self._shift is None or self._memory is None:
-            self._replica = Replica(self.config, self.group, self.dtype, self.world.device)
+            self._replica = Replica(self.config, self.group, self.dtype, self.world.device, self._recorder, self._flash)
             self._replica.take_buffers(self.module)
             plan = ReshardPlan.build(
                 self._replica.shapes,
@@ -134,9 +146,3 @@ class HybridEngine(CausalModel):
             self._shift = Shift(plan, self.world, self._replica.slices)
             self._memory = Releasable(self._replica.slices.values())
         return self._replica, self._shift, self._memory
-
-    def _now(self) -> float:
-        """Seconds, all that was launched on the device done."""
-        if self.world.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gearshift.engine.attention_check import check_attention
 from gearshift.engine.cache import ATTENTION_NAME, KeyValueCache, register
+from gearshift.engine.decoder import Decoder, Recorder
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
@@ -23,24 +25,39 @@ from gearshift.engine.loading import build_on_meta
 from gearshift.engine.parallel_layers import bind_shares
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers
-from gearshift.kernels import few_rows_linear
+from gearshift.kernels import FlashKernel, few_rows_linear
+
+# Columns by which the cache of a replica that records its steps grows.
+_BLOCK = 256
 
 
 class Replica:
     """This rank's part of one tensor-parallel copy of a causal LM.
 
-    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: which weights they hold (see
-    `ZeroModel.stamp`; None: none).
+        self.stamp: tuple[int, bool] | None = None
+    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: the optimizer step whose
+    weights they hold (-1: none). `decoder` runs the steps of decoding: recorded by a `recorder`, if one is given, and
+    with `flash` as their attention.
     """
 
-    def __init__(self, config: Any, group: TensorParallelGroup, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: Any,
+        group: TensorParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        recorder: Callable[[], Recorder] | None = None,
+        flash: FlashKernel | None = None,
+    ):
         from transformers import AutoModelForCausalLM
 
         register()
         config = copy.deepcopy(config)
         config._attn_implementation = ATTENTION_NAME
         self.stamp: tuple[int, bool] | None = None
-        self.group, self.cache = group, KeyValueCache(rotary_limit(config))
+        self.group = group
+        self.cache = KeyValueCache(rotary_limit(config), 1 if recorder is None else _BLOCK, flash)
+        self.decoder = Decoder(self, device, recorder)
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
         self.layout = TensorParallelLayout.of(self.model, group.size)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -87,6 +88,14 @@ class RolloutSettings(Section):
     keep_weights: bool = Field(
         True, description="Rollout weights stay in memory between rollouts; false: freed, and allocated anew each time"
     )
+    attention: Literal["sdpa", "flash"] = Field(
+        "sdpa", description="Attention of decoding; flash: by flash-attn, which has to be installed, on a GPU in bf16"
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU, decoding is replayed from CUDA graphs; with keep_weights these stay in memory between "
+        "rollouts, and so does the cache of keys and values",
+    )
     offload_optimizer: bool = Field(
         False, description="Optimizer state (fp32 weights, moments) moves to host memory for the time of a rollout"
     )
@@ -162,6 +171,16 @@ def check_shift(deepspeed: dict[str, Any], offload_optimizer: bool) -> None:
             "deepspeed.zero_optimization.offload_optimizer keeps the optimizer's state on the host at all times: "
             "leave out one of the two",
         )
+
+
+def check_attention_setting(attention: str, dtype: Dtype | None) -> None:
+    """Raises SettingError where `rollout.attention` cannot be had. `dtype`: None where it is not known yet."""
+    if attention != "flash":
+        return
+    if dtype == "fp32":
+        raise SettingError("rollout.attention", "flash-attn knows no fp32: set run.dtype to bf16, or use sdpa")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise SettingError("rollout.attention", 'flash needs flash-attn: pip install "gearshift[flash]", or use sdpa')
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ module of the same name as soon as anything imported it.
 
 from gearshift.kernels.decode_attention import Columns, decode_attention
 from gearshift.kernels.few_rows_linear import few_rows_linear
+from gearshift.kernels.flash_decode import FlashKernel, flash_decode
 from gearshift.kernels.linear_kl import LinearKL, linear_kl
 from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
 from gearshift.kernels.losses import Loss
@@ -16,12 +17,14 @@ from gearshift.kernels.value_loss import value_loss
 
 __all__ = [
     "Columns",
+    "FlashKernel",
     "LinearKL",
     "LogProbs",
     "Loss",
     "Targets",
     "decode_attention",
     "few_rows_linear",
+    "flash_decode",
     "linear_kl",
     "linear_logprob",
     "policy_loss",

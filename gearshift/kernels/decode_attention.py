@@ -18,10 +18,16 @@ from gearshift.kernels.score_attention import score_attention
 
 class Columns:
     """Where each of n rows gets its newest entry: `positions [n]` int64. What all layers of a step ask of it is worked
-    out once."""
+    out once.
 
-    def __init__(self, positions: Tensor):
+    Through torch a position may be −1, for a row that nobody reads: its entry goes into the last column, and it sees
+    the first. `width`: columns that are looked at, above every position; not given, it is read off the positions, for
+    which the host waits for a GPU.
+    """
+
+    def __init__(self, positions: Tensor, width: int | None = None):
         self.positions = positions
+        self._width = width
         self._visible: dict[int | None, Tensor] = {}
 
     def __len__(self) -> int:
@@ -32,15 +38,31 @@ class Columns:
         """0, 1, ... n − 1."""
         return torch.arange(len(self), device=self.positions.device)
 
-    @functools.cached_property
+    @property
     def width(self) -> int:
-        """Columns that any row has."""
-        return int(self.positions.max()) + 1
+        """Columns that any row has, or more."""
+        if self._width is None:
+            self._width = int(self.positions.max()) + 1
+        return self._width
+
+    @functools.cached_property
+    def newest(self) -> Tensor:
+        """[n]: the last column that each row sees."""
+        return self.positions.clamp(min=0)
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """[n] int32: how many columns each row sees, where no window says otherwise."""
+        return (self.newest + 1).int()
+
+    def write(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Each row's new key and value into the cache."""
+        keys[self.rows, :, self.positions], values[self.rows, :, self.positions] = key, value
 
     def visible(self, window: int | None) -> Tensor:
         """`[n, 1, 1, width]` bool: up to a row's position and, with a window, no further back than window − 1."""
         if window not in self._visible:
-            age = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
+            age = self.newest[:, None] - torch.arange(self.width, device=self.positions.device)
             seen = age >= 0 if window is None else (age >= 0) & (age < window)
             self._visible[window] = seen[:, None, None]
         return self._visible[window]
@@ -69,7 +91,7 @@ def decode_attention(
     if _serves(query, keys, values):
         return _through_library(query, key, value, keys, values, columns.positions, scaling, window, softcap, sinks)
     n, width = len(columns), columns.width
-    keys[columns.rows, :, columns.positions], values[columns.rows, :, columns.positions] = key, value
+    columns.write(key, value, keys, values)
     return _attend(query, keys[:n, :, :width], values[:n, :, :width], columns.visible(window), scaling, softcap, sinks)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from gearshift.engine.settings import check_shift
+from gearshift.engine.settings import check_attention_setting, check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.compare_checks import check_comparison
@@ -177,6 +177,7 @@ def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
     check_shift(config.deepspeed, config.rollout.offload_optimizer)
+    check_attention_setting(config.rollout.attention, config.run.dtype)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

@@ -232,11 +232,13 @@ class Ppo:
 
     def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
         """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
-        free memory between rollouts (weights not kept, optimizer state moved to the host and back)."""
+        free memory between rollouts (weights not kept, CUDA graphs captured again, optimizer state moved to the host
+        and back)."""
         policy = self.policy
         gears = {
             "shift": policy.shift_seconds,
             "allocation": policy.allocation_seconds,
+            "capture": policy.capture_seconds,
             "offload": policy.offload_seconds,
         }
         generation = phases.seconds["generation"] - sum(gears.values())
@@ -420,6 +422,8 @@ def load_models(config: PpoConfig, world: World) -> Models:
         bucket_bytes=config.rollout.bucket_mb << 20,
         lora=config.policy.lora,
         keep_weights=config.rollout.keep_weights,
+        attention=config.rollout.attention,
+        cuda_graphs=config.rollout.cuda_graphs,
         offload_optimizer=config.rollout.offload_optimizer,
         **common,
     )

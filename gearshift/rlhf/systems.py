@@ -93,6 +93,8 @@ class Examination:
             slots=rollout.slots,
             bucket_bytes=rollout.bucket_mb << 20,
             keep_weights=rollout.keep_weights,
+            attention=rollout.attention,
+            cuda_graphs=rollout.cuda_graphs,
             deepspeed_extra=self._config.deepspeed,
         )
 

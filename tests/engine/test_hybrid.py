@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gearshift.engine import HybridEngine, Prompts, Rollouts, Sampling, Training, World
+from tests.engine.recording import Recording, torch_only
 from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
 
@@ -159,3 +160,45 @@ def test_bf16_mean_gap(two_ranks: WorkerGroup, tmp_path: Path, tp_size: int, slo
     folder = str(save_tiny("llama", tmp_path / "llama"))
     # bf16 keeps 8 bits: hidden states, and so logits of a few nats, are off by about 0.01 (the means here by 0.002).
     assert max(two_ranks.run(bf16_gap, folder, tp_size, slots)) < 0.02
+
+
+def record(world: World, folder: str, keep_weights: bool) -> dict[str, Any]:
+    """Two rollouts with a step between them, of steps that are recorded and of steps that are not."""
+    sampling = Sampling(12, eos_ids=(2,), seed=5)
+    mine = some_prompts(6).select(world.share(6))
+    found: dict[str, Any] = {"made": [], "seconds": [], "cache": [], "answers": []}
+    training = Training(learning_rate=1e-2, optimizer="sgd")
+    plain, policy = (_policy(world, folder, 1, training, slots=2, keep_weights=keep_weights) for _ in range(2))
+    policy._recorder = Recording
+    with torch_only():
+        for _ in range(2):
+            Recording.made = 0
+            for model in (plain, policy):
+                with model.rollout() as generator:
+                    rollouts = generator.generate(mine, sampling)
+                    found["answers"].append(rollouts)
+                    generator.generate(mine, sampling)
+                model.accumulate(nll, rollouts)
+                model.step()
+            found["made"].append(Recording.made)
+            found["seconds"].append(policy.capture_seconds)
+            found["cache"].append(policy._replica.cache.held_bytes)  # type: ignore[union-attr]
+    found["plain"] = plain.capture_seconds
+    return found
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_recorded_steps_are_used_again_with_weights_that_are_kept(
+    two_ranks: WorkerGroup, tmp_path: Path, keep_weights: bool
+) -> None:
+    """With the weights of the next step too, and the same cache; else they are recorded in every rollout anew."""
+    for found in two_ranks.run(record, str(save_tiny("llama", tmp_path / "llama")), keep_weights):
+        first, again = found["made"]
+        assert first > 0
+        assert again == (0 if keep_weights else first)
+        assert [seconds > 0 for seconds in found["seconds"]] == [True, not keep_weights]
+        assert found["plain"] == 0
+        assert [held > 0 for held in found["cache"]] == [keep_weights] * 2
+        for plain, recorded in zip(found["answers"][::2], found["answers"][1::2], strict=True):
+            assert torch.equal(plain.responses, recorded.responses)
+            torch.testing.assert_close(plain.logprobs, recorded.logprobs, atol=1e-5, rtol=0)

@@ -33,6 +33,13 @@ def test_top_k_is_at_most_the_vocabulary(here: Path) -> None:
     assert error_of("ppo", values).endswith("rollout.top_k: 10 is more than the 9 tokens of small: leave it out")
 
 
+def test_flash_attn_is_not_for_fp32(here: Path) -> None:
+    values = changed(changed(example("ppo"), "run.dtype", "fp32"), "rollout.attention", "flash")
+    assert error_of("ppo", values).endswith(
+        "rollout.attention: flash-attn knows no fp32: set run.dtype to bf16, or use sdpa"
+    )
+
+
 @pytest.mark.parametrize("command", CONFIGS)
 def test_a_saved_config_is_the_same_config(here: Path, command: str) -> None:
     config = load(command, write(example(command)))

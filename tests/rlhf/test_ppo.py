@@ -43,6 +43,7 @@ METRICS = {
     "timing/generation",
     "timing/shift",
     "timing/allocation",
+    "timing/capture",
     "timing/offload",
     "shift/bytes_inside_host",
     "shift/bytes_between_hosts",

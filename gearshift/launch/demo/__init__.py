@@ -19,7 +19,6 @@ from pathlib import Path
 from gearshift.errors import UserError
 from gearshift.launch.demo.checks import check
 from gearshift.launch.launcher import visible_gpus
-from gearshift.rlhf.settings import PpoSettings
 
 FOLDER = "runs/demo"  # as the configs have it
 OTHER_ADVANTAGES = ("grpo", "rloo")  # they compare answers to one prompt, so each prompt gets several
@@ -44,11 +43,10 @@ def stages(full: bool) -> list[Stage]:
     if not full:
         return [*recipe, Stage("compare", "compare", "compare")]
     recipe[2:2] = [Stage(name, "sft", name) for name in ("flan", "t0")]
-    others = [name for name in OTHER_ADVANTAGES if "advantage" in PpoSettings.model_fields]
-    for name in others:
+    for name in OTHER_ADVANTAGES:
         own = {"run.folder": name, "ppo.advantage": name, "ppo.answers": "4"}
         recipe.append(Stage(name, "ppo", "ppo", own))
-    systems = {f"systems.{name}.init": f"{name}/model" for name in others}
+    systems = {f"systems.{name}.init": f"{name}/model" for name in OTHER_ADVANTAGES}
     return [*recipe, Stage("compare", "compare", "compare-full", systems)]
 
 
