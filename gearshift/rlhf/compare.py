@@ -68,7 +68,7 @@ def compare(config: CompareConfig, report: Report) -> None:
     systems: dict[str, dict[str, float]] = {}
     report.start([], len(config.systems))
     for number, (name, system) in enumerate(config.systems.items(), 1):
-        answers, text_loss = _answer(config, world, system, prompts, encoder, judges)
+        answers, text_loss = _answer(config, world, system, prompts, encoder, judges, report)
         rows = [{"system": name, **_judged(a, prompts[a["id"]], checker)} for a in answers]
         every += rows
         systems[name] = summary(rows, text_loss)
@@ -149,6 +149,7 @@ def _answer(
     prompts: list[PromptRow],
     encoder: Encoder,
     judges: _Judges,
+    report: Report,
 ) -> tuple[list[dict[str, Any]], float | None]:
     """One system's answers (the same list on every rank), and its loss on held-out text. Collective."""
     policy = HybridEngine.load(
@@ -173,14 +174,15 @@ def _answer(
     ref_logprobs = judges.reference.logprobs(rollouts, sampling.temperature)
     kl = ((rollouts.logprobs - ref_logprobs) * rollouts.mask).sum(1)
     answers = _rows(rollouts, scores, kl, encoder, world)
-    text_loss = _text_loss(config, policy, encoder)
+    text_loss = _text_loss(config, policy, encoder, report)
     del policy
     gc.collect()
     return answers, text_loss
 
 
-def _text_loss(config: CompareConfig, policy: CausalModel, encoder: Encoder) -> float | None:
-    blocks = text_blocks(config.ptx.validation, encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens))
+def _text_loss(config: CompareConfig, policy: CausalModel, encoder: Encoder, report: Report) -> float | None:
+    text_encoder = encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens)
+    blocks = text_blocks("ptx.validation", config.ptx.validation, text_encoder, report)
     return float(evaluate(policy, language_loss, blocks, collate_text)["loss"]) if blocks else None
 
 

@@ -271,9 +271,9 @@ class PpoData:
         cursors = {"prompts": Sampler(len(rows), config.ppo.prompts, config.run.seed)}
         return cls(
             prompts=prompt_batches(rows, cursors["prompts"], world, config.ppo.answers),
-            pretraining=_pretraining(config, text_encoder, world, cursors),
+            pretraining=_pretraining(config, text_encoder, world, cursors, report),
             held_out_prompts=held_out,
-            held_out_text=text_blocks(config.ptx.validation, text_encoder),
+            held_out_text=text_blocks("ptx.validation", config.ptx.validation, text_encoder, report),
             tokenizer=tokenizer,
             cursors=cursors,
         )
@@ -289,12 +289,12 @@ def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World, answer
 
 
 def _pretraining(
-    config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler]
+    config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler], report: Report
 ) -> Iterator[TokenBatch]:
     """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch; adds its cursor."""
     if config.ptx.coef == 0:
         return iter(())
-    blocks = text_blocks(config.ptx.data, encoder)
+    blocks = text_blocks("ptx.data", config.ptx.data, encoder, report)
     at_least(blocks, 1, "ptx.data")
     per_step = config.ppo.minibatch_size * config.ptx.examples_per_episode
     cursors["pretraining"] = Sampler(len(blocks), per_step, config.run.seed + 1)

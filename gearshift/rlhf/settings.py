@@ -21,7 +21,7 @@ from gearshift.engine.settings import (
     Section,
     Sources,
 )
-from gearshift.rlhf.data.formats import Keys
+from gearshift.rlhf.data.settings import DataSettings, RewardDataSettings
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -33,7 +33,9 @@ def _refuse_fp16(value: Any) -> Any:
 class RunSettings(Section):
     """Where a run writes, and on what."""
 
-    folder: str = Field(description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, model/")
+    folder: str = Field(
+        description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, left_out.txt, tensorboard/, model/"
+    )
     overwrite: bool = Field(False, description="Write into a folder that holds a finished run, in place of that run")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data order, initial weights and sampling")
     ranks: int | None = Field(None, ge=1, description="Processes; null: one per GPU, or 2 without GPUs")
@@ -77,66 +79,6 @@ class RewardSettings(Section):
     """The trained reward model."""
 
     init: str = Field(description="Hugging Face sequence-classification folder")
-
-
-class DataSettings(Section):
-    """Where rows come from, what their fields are called, and how text becomes tokens."""
-
-    train: Sources = Field([], description="Sources: .jsonl, .jsonl.gz, .parquet, .txt or a hub name")
-    validation: Sources = Field([], description="Sources that are never trained on; [] : no validation")
-    tokenizer: str | None = Field(
-        None, description='Folder or hub name; null: that of policy.init; "train": a new one (policy.init: config)'
-    )
-    tokenizer_text: Sources = Field([], description="tokenizer: train: sources it is trained on; [] : data.train")
-    vocab_size: int | None = Field(
-        None, ge=258, description="tokenizer: train: its size, tokens; 258 are every byte, EOS and pad"
-    )
-    max_prompt_tokens: int = Field(
-        1024, ge=1, description="Longer prompts are filtered out and counted, never cut; tokens (InstructGPT C: 1k)"
-    )
-    max_tokens: int = Field(
-        2048, ge=2, description="Longest training sequence, prompt and completion; tokens (InstructGPT C: 2k)"
-    )
-    prompt_template: str = Field("{prompt}", description="Text of a prompt; {prompt}, once, stands for the row's")
-    chat_template: bool = Field(False, description="Wrap prompts in the tokenizer's chat template")
-    prompt_key: str = Field("prompt", description="Row field of the prompt")
-    completion_key: str = Field("completion", description="Row field of a demonstration's completion")
-    messages_key: str = Field("messages", description="Row field of a conversation (list of role and content)")
-    chosen_key: str = Field("chosen", description="Row field of the better completion of a pair")
-    rejected_key: str = Field("rejected", description="Row field of the worse completion of a pair")
-    context_key: str = Field("context", description="Row field of the prompt of a ranked row")
-    completions_key: str = Field("completions", description="Row field of K ranked completions (text and rank each)")
-    text_key: str = Field("text", description="Row field of pretraining text")
-    inputs_key: str = Field("inputs", description="Row field of the prompt in FLAN and P3 format")
-    targets_key: str = Field("targets", description="Row field of the completion in FLAN and P3 format")
-    turn: str = Field(
-        "\n\nAssistant:", description="What opens the assistant's turn where chosen and rejected hold the prompt"
-    )
-
-    @property
-    def keys(self) -> Keys:
-        """The names of the rows' fields."""
-        return Keys(
-            prompt=self.prompt_key,
-            completion=self.completion_key,
-            messages=self.messages_key,
-            chosen=self.chosen_key,
-            rejected=self.rejected_key,
-            context=self.context_key,
-            completions=self.completions_key,
-            text=self.text_key,
-            inputs=self.inputs_key,
-            targets=self.targets_key,
-            turn=self.turn,
-        )
-
-
-class RewardDataSettings(DataSettings):
-    """Rows of comparisons, and the demonstrations that fix the reward's zero."""
-
-    demonstrations: Sources = Field(
-        [], description="Sources of demonstrations whose mean reward the bias makes 0 (InstructGPT 3.5); [] : bias 0"
-    )
 
 
 class TrainSettings(Section):

@@ -13,7 +13,8 @@ from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings, RolloutSettings
 from gearshift.errors import SettingError, UserError
-from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
+from gearshift.rlhf.data.encoding import Block, Encoder
+from gearshift.rlhf.data.left_out import Encoded
 from gearshift.rlhf.data.sources import Record, read_sources
 from gearshift.rlhf.data.tokenizers import load_tokenizer, load_vocabulary
 from gearshift.rlhf.data.vocabulary import has_tokenizer, rows_needed, too_small
@@ -65,6 +66,7 @@ def encoder_of(data: DataSettings, tokenizer: Any, max_tokens: int | None = None
         chat_template=data.chat_template,
         max_prompt_tokens=data.max_prompt_tokens,
         max_tokens=max_tokens or data.max_tokens,
+        on_bad_row=data.on_bad_row,
     )
 
 
@@ -111,12 +113,19 @@ def load_rows(
         return []
     encoded = encode(read_sources(sources)[:first])
     report.say(f"{field}: {encoded.describe()}")
+    report.left_out(field, encoded.dropped)
     return encoded.rows
 
 
-def text_blocks(sources: list[str], encoder: Encoder) -> list[Block]:
+def text_blocks(field: str, sources: list[str], encoder: Encoder, report: Report) -> list[Block]:
     """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks."""
-    return encoder.blocks(read_sources(sources)).rows if sources else []
+    if not sources:
+        return []
+    encoded = encoder.blocks(read_sources(sources))
+    if encoded.dropped:
+        report.say(f"{field}: {encoded.left_out()}")
+        report.left_out(field, encoded.dropped)
+    return encoded.rows
 
 
 def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:
