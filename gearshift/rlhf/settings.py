@@ -22,6 +22,7 @@ from gearshift.engine.settings import (
     Sources,
 )
 from gearshift.rlhf.data.settings import DataSettings, RewardDataSettings
+from gearshift.rlhf.train_settings import RewardTrainSettings, SftTrainSettings, TrainSettings
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -79,30 +80,6 @@ class RewardSettings(Section):
     """The trained reward model."""
 
     init: str = Field(description="Hugging Face sequence-classification folder")
-
-
-class TrainSettings(Section):
-    """Epochs, batches and the rate's schedule of a supervised stage."""
-
-    epochs: int = Field(
-        1, ge=1, description="Passes over the training rows (InstructGPT: SFT 16, before PPO 2, reward 1)"
-    )
-    batch_size: int = Field(
-        32, ge=1, description="Sequences (reward: prompts) per optimizer step, all ranks together (InstructGPT C.1)"
-    )
-    micro_batch_size: int = Field(
-        8, ge=1, description="Rows (reward: prompts) per rank in one forward and backward; changes memory only"
-    )
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")
-    final_fraction: float = Field(
-        0.1, ge=0, le=1, description="cosine: last rate as a part of the peak (InstructGPT C.1)"
-    )
-    validate_every: int = Field(0, ge=0, description="Optimizer steps between validations; 0: only at the end")
-    pretraining_fraction: float = Field(
-        0.0, ge=0, lt=1, description="SFT: part of the rows that is pretraining text (InstructGPT C.3: 0.1 before PPO)"
-    )
-    pretraining: Sources = Field([], description="SFT: sources of that text")
 
 
 class KlSettings(Section):
@@ -210,11 +187,14 @@ class PretrainConfig(Config):
 class SftConfig(PretrainConfig):
     """Supervised fine-tuning on demonstrations."""
 
+    train: SftTrainSettings = SftTrainSettings()
+
 
 class RewardConfig(PretrainConfig):
     """A reward model from ranked completions; policy.init is the SFT model whose backbone it starts from."""
 
     data: RewardDataSettings
+    train: RewardTrainSettings = RewardTrainSettings()
 
 
 class PpoConfig(Config):

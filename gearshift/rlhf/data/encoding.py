@@ -260,6 +260,17 @@ def merged(row: Comparison) -> Comparison:
     return dataclasses.replace(row, completions=[list(answer) for answer in ranks], ranks=means)
 
 
+def split_in_pairs(row: Comparison) -> list[Comparison]:
+    """Every pair of answers of different rank as a comparison of its own, the better one first."""
+    every = range(len(row.ranks))
+    return [
+        Comparison(row.prompt, [row.completions[i], row.completions[j]], [0.0, 1.0], row.margin)
+        for i in every
+        for j in every
+        if row.ranks[i] < row.ranks[j]
+    ]
+
+
 def has_pair(row: Comparison) -> bool:
     """Whether two answers have different ranks: without, there is nothing to learn. Its answers are all different."""
     return len(set(row.ranks)) > 1
