@@ -12,7 +12,14 @@ import math
 from gearshift.engine.settings import check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
-from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
+from gearshift.launch.model_checks import (
+    check_models,
+    check_run_folder,
+    fails,
+    function_problem,
+    numbers,
+    tokenizer_folder,
+)
 from gearshift.launch.rows import readers, row_problems
 from gearshift.rlhf.settings import (
     CompareConfig,
@@ -138,17 +145,8 @@ def _check_unread(config: CompareConfig) -> None:
 
 def _check_checker(name: str | None) -> None:
     """`module:function` can be found; the module itself is imported by the ranks only."""
-    if name is None:
-        return
-    module, _, function = name.partition(":")
-    try:
-        found = bool(function) and importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        raise SettingError(
-            "compare.true_score", f"{name} cannot be found: write module:function, the module on PYTHONPATH"
-        )
+    if name is not None:
+        fails("compare.true_score", function_problem(name))
 
 
 def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:

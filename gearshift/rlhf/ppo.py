@@ -34,13 +34,16 @@ from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
 from gearshift.rlhf.resuming import Saver, Stateful
+from gearshift.rlhf.rewards import Asked, Reward, load_reward
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    lacks_value_head,
     load_rows,
+    require_critic_start,
     require_same_tokens,
     sampling_of,
     save_policy,
@@ -58,7 +61,7 @@ class Models:
     policy: HybridEngine
     critic: RewardModel
     reference: CausalModel | WithoutAdapters
-    reward_model: RewardModel
+    reward_model: Reward
 
 
 class Ppo:
@@ -248,6 +251,7 @@ class PpoData:
     prompts: Iterator[Prompts]
     pretraining: Iterator[TokenBatch]
     held_out_prompts: list[PromptRow]
+    asked: Asked  # all prompts, for what scores the answers to them
     held_out_text: list[Any]
     tokenizer: Any
     cursors: dict[str, Sampler] = field(default_factory=dict)  # where prompts and pretraining text are drawn from
@@ -259,8 +263,9 @@ class PpoData:
     @classmethod
     def load(cls, config: PpoConfig, world: World, report: Report) -> PpoData:
         tokenizer = tokenizer_of(config.data, config.policy.init)
-        require_same_tokens(tokenizer, config.reward.init, "reward.init")
-        if config.critic.init != "reward":
+        if config.critic.init == "reward":
+            require_critic_start(tokenizer, config.reward.init)
+        else:
             require_same_tokens(tokenizer, config.critic.init, "critic.init")
         if config.reference.init != "policy":
             require_same_tokens(tokenizer, config.reference.init, "reference.init")
@@ -273,6 +278,7 @@ class PpoData:
             prompts=prompt_batches(rows, cursors["prompts"], world, config.ppo.answers),
             pretraining=_pretraining(config, text_encoder, world, cursors, report),
             held_out_prompts=held_out,
+            asked=Asked(tokenizer, config.data.keys, rows, held_out),
             held_out_text=text_blocks("ptx.validation", config.ptx.validation, text_encoder, report),
             tokenizer=tokenizer,
             cursors=cursors,
@@ -301,7 +307,7 @@ def _pretraining(
     return text_batches(blocks, cursors["pretraining"], world)
 
 
-def load_models(config: PpoConfig, world: World) -> Models:
+def load_models(config: PpoConfig, world: World, data: PpoData) -> Models:
     """Policy and critic that train, reference and reward model that do not."""
     ppo, dtype = config.ppo, dtype_of(config.run, world)
     steps_per_iteration = ppo.minibatches * ppo.epochs
@@ -327,9 +333,16 @@ def load_models(config: PpoConfig, world: World) -> Models:
     critic_training = training_of(config.optimizer, schedule, config.critic.learning_rate)
     return Models(
         policy,
-        RewardModel.load(critic_init, world, training=critic_training, **common),
+        RewardModel.load(
+            critic_init,
+            world,
+            training=critic_training,
+            new_head=lacks_value_head(critic_init),
+            seed=config.run.seed,
+            **common,
+        ),
         _reference(config, world, policy, common),
-        RewardModel.load(config.reward.init, world, **common),
+        load_reward(config.reward, data.asked, world, **common),
     )
 
 
@@ -348,7 +361,7 @@ def ppo(config: PpoConfig, report: Report) -> None:
     """Train a policy against a reward model; with `ptx.coef` above 0 this is PPO-ptx."""
     world = init_distributed()
     data = PpoData.load(config, world, report)
-    run = Ppo(config, world, load_models(config, world), data, report)
+    run = Ppo(config, world, load_models(config, world, data), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
     trained: dict[str, ZeroModel] = {"policy": run.policy, "critic": run.critic}
     parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl}

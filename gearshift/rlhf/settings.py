@@ -6,6 +6,7 @@ Paths are relative to the directory that the command is started in.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -57,10 +58,22 @@ class PolicySettings(Section):
     )
 
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def names_function(init: str) -> bool:
+    """Whether a field that takes a model names a Python function in its place: "module:function"."""
+    return FUNCTION.fullmatch(init) is not None
+
+
 class CriticSettings(Section):
     """The value function of PPO."""
 
-    init: str = Field("reward", description='"reward": a copy of the reward model, head and bias included; or a folder')
+    init: str = Field(
+        "reward",
+        description='"reward": a copy of the reward model, head and bias included; or a folder with the policy\'s '
+        "tokenizer: a sequence classifier, or a causal language model, which gets a new value head",
+    )
     learning_rate: float = Field(9e-6, gt=0, description="Peak rate per optimizer step (InstructGPT C.4)")
 
 
@@ -77,9 +90,15 @@ class FixedReferenceSettings(Section):
 
 
 class RewardSettings(Section):
-    """The trained reward model."""
+    """What scores a response."""
 
-    init: str = Field(description="Hugging Face sequence-classification folder")
+    init: str = Field(
+        description="Hugging Face sequence-classification folder or hub name with one output (text is tokenized again "
+        'where its tokenizer is not the policy\'s); or "module:function", (prompts, responses, rows) -> scores'
+    )
+    chat_template: bool = Field(
+        False, description="Give it prompt and response as turns of its own tokenizer's chat template"
+    )
 
 
 class KlSettings(Section):

@@ -20,7 +20,7 @@ from gearshift.rlhf.data.tokenizers import load_tokenizer, load_vocabulary
 from gearshift.rlhf.data.vocabulary import has_tokenizer, rows_needed, too_small
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.schedules import constant, cosine
-from gearshift.rlhf.settings import DataSettings, PolicySettings, RunSettings, TrainSettings
+from gearshift.rlhf.settings import DataSettings, PolicySettings, RunSettings, TrainSettings, names_function
 
 Row = TypeVar("Row")
 
@@ -92,10 +92,36 @@ def require_room(tokenizer: Any, init: str, field: str) -> None:
 def require_same_tokens(tokenizer: Any, init: str, field: str) -> None:
     """Raises SettingError when the model at `init` reads other token ids; a folder without any is taken at its word."""
     require_room(tokenizer, init, field)
-    if Path(init).is_dir() and not has_tokenizer(Path(init)):
-        return
-    if load_vocabulary(init, field) != tokenizer.get_vocab():
+    if not has_same_tokens(tokenizer, init, field):
         raise SettingError(field, f"the tokenizer of {init} is not the policy's, so it would read other tokens")
+
+
+def has_same_tokens(tokenizer: Any, init: str, field: str) -> bool:
+    """Whether the model at `init` reads the tokenizer's ids; a folder without a tokenizer is taken to."""
+    if Path(init).is_dir() and not has_tokenizer(Path(init)):
+        return True
+    return bool(load_vocabulary(init, field) == tokenizer.get_vocab())
+
+
+def require_critic_start(tokenizer: Any, reward: str) -> None:
+    """Raises SettingError, naming critic.init, when `reward.init` cannot be copied into a critic of these tokens."""
+    if names_function(reward):
+        why = f"reward.init {reward} is a function"
+    elif not has_same_tokens(tokenizer, reward, "reward.init"):
+        why = f"the tokenizer of the reward model {reward} is not the policy's"
+    else:
+        return
+    raise SettingError(
+        "critic.init",
+        f"{why}, so it cannot start the critic: set critic.init to a folder with the policy's tokenizer "
+        "(policy.init gets a new value head)",
+    )
+
+
+def lacks_value_head(init: str) -> bool:
+    """Whether a model is a causal language model, which needs a new head to be a critic."""
+    architectures = getattr(config_of(init), "architectures", None) or []
+    return bool(architectures) and not any("ForSequenceClassification" in name for name in architectures)
 
 
 def load_rows(
