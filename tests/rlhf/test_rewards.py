@@ -105,7 +105,7 @@ def expected_scores(folder: str, chat: bool) -> list[float]:
             text = f"<user>{question}<assistant>{answer}!"
             inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         elif model.config.model_type == "bert":
-            inputs = tokenizer(prompt, answer, return_tensors="pt")
+            inputs = tokenizer([prompt], [answer], return_tensors="pt")
             assert inputs["token_type_ids"].any()
         else:
             own = tokenizer(prompt)["input_ids"] + tokenizer(answer, add_special_tokens=False)["input_ids"]
