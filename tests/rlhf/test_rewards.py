@@ -56,7 +56,7 @@ def save_foreign(folder: Path, family: str, **more: Any) -> str:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(12.0 if family == "bert" else 4.0)
     model.save_pretrained(folder)
     foreign_tokenizer("encoder" if family == "bert" else "decoder").save_pretrained(folder)
     return str(folder)
