@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig
+from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 
 def batch_arithmetic(config: Config, ranks: int, steps: int | None = None) -> list[str]:
@@ -46,11 +46,14 @@ def _ppo(config: PpoConfig, ranks: int) -> list[str]:
 
 def _train(config: PretrainConfig, ranks: int, steps: int | None) -> list[str]:
     train = config.train
-    row = "prompt" if isinstance(config, RewardConfig) else "sequence"
+    row = "sequence"
+    if isinstance(config, RewardConfig):
+        row = "prompt" if config.train.pairs == "kwise" else "pair"
     per_rank = train.batch_size // ranks
     total = f", {steps} in total" if steps is not None else ""
-    text = f" (about {train.pretraining_fraction:.0%} pretraining text)" if train.pretraining_fraction else ""
-    micro = _micro(per_rank, train.micro_batch_size, row if row == "prompt" else "row")
+    fraction = config.train.pretraining_fraction if isinstance(config, SftConfig) else 0
+    text = f" (about {fraction:.0%} pretraining text)" if fraction else ""
+    micro = _micro(per_rank, train.micro_batch_size, "row" if row == "sequence" else row)
     return [
         f"step         {_n(train.batch_size, row)}{text}, {per_rank} per rank on {_n(ranks, 'rank')} in {micro}",
         f"optimizer    one step per batch, {_n(train.epochs, 'epoch')}{total}",

@@ -24,7 +24,7 @@ from gearshift.rlhf.settings import (
     PretrainConfig,
     RewardConfig,
     SftConfig,
-    TrainSettings,
+    SftTrainSettings,
 )
 
 # accelerate's name of a tracker -> the package that has to be installed for it.
@@ -49,7 +49,8 @@ def check(config: Config, ranks: int) -> None:
         )
     if isinstance(config, PretrainConfig):
         _divides("train.batch_size", config.train.batch_size, ranks, f"the {ranks} ranks (run.ranks)")
-        _check_pretraining_mix(config)
+    if isinstance(config, SftConfig):
+        _check_pretraining_mix(config.train)
     if isinstance(config, PpoConfig):
         _check_ppo_batches(config, ranks)
         _check_adaptive_kl(config)
@@ -183,10 +184,7 @@ def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _check_pretraining_mix(config: PretrainConfig) -> None:
-    train = config.train
-    if train.pretraining_fraction and not isinstance(config, SftConfig):
-        raise SettingError("train.pretraining_fraction", "only gearshift sft mixes pretraining text in: leave it out")
+def _check_pretraining_mix(train: SftTrainSettings) -> None:
     if train.pretraining_fraction and not train.pretraining:
         raise SettingError("train.pretraining", "needed with train.pretraining_fraction above 0: sources of text")
     if train.pretraining and not train.pretraining_fraction:
@@ -196,7 +194,7 @@ def _check_pretraining_mix(config: PretrainConfig) -> None:
     _check_texts_in_batch(train)
 
 
-def _check_texts_in_batch(train: TrainSettings) -> None:
+def _check_texts_in_batch(train: SftTrainSettings) -> None:
     """A fraction that rounds to no sequence of text, or to nothing but text, is not what was asked for."""
     texts = round(train.batch_size * train.pretraining_fraction)
     if train.pretraining_fraction and not 0 < texts < train.batch_size:

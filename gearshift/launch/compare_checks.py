@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from gearshift.errors import SettingError
+from gearshift.launch.model_checks import fails, function_problem
 from gearshift.rlhf.settings import CompareConfig
 
 
@@ -30,17 +29,8 @@ def _check_unread(config: CompareConfig) -> None:
 
 def _check_checker(name: str | None) -> None:
     """`module:function` can be found; the module itself is imported by the ranks only."""
-    if name is None:
-        return
-    module, _, function = name.partition(":")
-    try:
-        found = bool(function) and importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        raise SettingError(
-            "compare.true_score", f"{name} cannot be found: write module:function, the module on PYTHONPATH"
-        )
+    if name is not None:
+        fails("compare.true_score", function_problem(name))
 
 
 def _check_against(config: CompareConfig) -> None:

@@ -16,7 +16,7 @@ from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
 from gearshift.launch.resume_checks import check_resume, check_start
 from gearshift.rlhf.compare_settings import SystemSettings
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig
+from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, names_function
 
 
 def fails(field: str, problem: str | None) -> None:
@@ -62,7 +62,7 @@ def _inits(config: Config) -> Iterator[tuple[str, str]]:
     """Every field that names a model, and the folder or hub name; words such as config and reward left out."""
     for section, word in (("policy", "config"), ("reward", None), ("critic", "reward"), ("reference", "policy")):
         settings = getattr(config, section, None)
-        if settings is not None and settings.init != word:
+        if settings is not None and settings.init != word and not names_function(settings.init):
             yield f"{section}.init", settings.init
     if isinstance(config, CompareConfig):
         for name, system in config.systems.items():
@@ -87,12 +87,12 @@ def check_models(config: Config, ranks: int) -> None:
         for name, system in config.systems.items():
             _check_system(name, system, config, ranks)
         fails("reference.init", folders.model_problem(config.reference.init))
-        fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
+        _check_reward(config)
     if isinstance(config, PretrainConfig):
         _check_trained(config)
     if isinstance(config, PpoConfig):
         _check_writer("policy.init", config.policy.init, config, ranks)
-        fails("reward.init", folders.model_problem(config.reward.init, classifier=True))
+        _check_reward(config)
         if config.critic.init != "reward":
             fails("critic.init", folders.model_problem(config.critic.init))
         if config.reference.init != "policy":
@@ -110,6 +110,35 @@ def _check_system(name: str, system: SystemSettings, config: CompareConfig, rank
         if getattr(system, setting, None) is None or setting == error.field:
             raise
         raise SettingError(f"systems.{name}.{setting}", error.problem) from None
+
+
+def _check_reward(config: PpoConfig | CompareConfig) -> None:
+    """A reward model, or a function that can be found (its module is imported by the ranks only)."""
+    reward = config.reward
+    if isinstance(config, CompareConfig) and (names_function(reward.init) or reward.chat_template):
+        raise SettingError(
+            "reward.init" if names_function(reward.init) else "reward.chat_template",
+            "is for gearshift ppo; a comparison needs a reward model that reads the systems' tokens "
+            "(compare.true_score takes a function)",
+        )
+    if names_function(reward.init):
+        fails("reward.init", function_problem(reward.init))
+        if reward.chat_template:
+            raise SettingError("reward.chat_template", f"{reward.init} is a function, which reads text: leave it out")
+        return
+    fails("reward.init", folders.model_problem(reward.init, classifier=True))
+    if reward.chat_template and folders.has_chat_template(reward.init) is False:
+        raise SettingError("reward.chat_template", f"the tokenizer of {reward.init} has no chat template")
+
+
+def function_problem(name: str) -> str | None:
+    """Why "module:function" cannot be found, or None."""
+    module, _, function = name.partition(":")
+    try:
+        found = bool(function) and importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    return None if found else f"{name} cannot be found: write module:function, the module on PYTHONPATH"
 
 
 def _check_trained(config: PretrainConfig) -> None:
@@ -218,24 +247,30 @@ def _model_config(config: Config, init: str) -> dict[str, Any]:
 def _check_tokens(config: Config) -> None:
     """Every model reads the ids of one tokenizer: it must have a row for each, and mean the same tokens by them."""
     tokenizer = tokenizer_folder(config)
+    if isinstance(config, PpoConfig) and config.critic_is_reward and names_function(config.reward.init):
+        raise SettingError(
+            "critic.init",
+            f"reward.init {config.reward.init} is a function, so it cannot start the critic: "
+            "set critic.init to a folder with the policy's tokenizer (policy.init gets a new value head)",
+        )
     if tokenizer in ("train", "config"):
         return
     for field, init in _inits(config):
         fails(field, folders.vocabulary_problem(init))
-        if field != "policy.init" and folders.same_vocabulary(tokenizer, init) is False:
+        other = field != "policy.init" and folders.same_vocabulary(tokenizer, init) is False
+        reads_text = field == "reward.init" and isinstance(config, PpoConfig) and not config.critic_is_reward
+        if other and not reads_text:
             raise SettingError(*_other_tokens(config, field, init, tokenizer))
-        fails(field, folders.room_problem(init, tokenizer))
+        fails(field, folders.room_problem(init, init if other else tokenizer))
 
 
 def _other_tokens(config: Config, field: str, init: str, tokenizer: str) -> tuple[str, str]:
     """The field to blame and what to tell of a model with another tokenizer."""
     if field == "reward.init" and isinstance(config, PpoConfig):
-        if config.critic.init == "reward":
-            return "critic.init", (
-                f"the tokenizer of the reward model {init} is not that of {tokenizer}, so it cannot start the critic: "
-                "set critic.init to a folder with the policy's tokenizer"
-            )
-        return field, f"its tokenizer is not that of {tokenizer}, which is not supported yet: use one with the same"
+        return "critic.init", (
+            f"the tokenizer of the reward model {init} is not that of {tokenizer}, so it cannot start the critic: "
+            "set critic.init to a folder with the policy's tokenizer"
+        )
     if field == "critic.init":
         return field, (
             f"the tokenizer of {init} is not that of {tokenizer}, so it cannot start the critic: "

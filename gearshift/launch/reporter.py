@@ -24,6 +24,8 @@ class _Silent:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
+    def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None: ...
+
     def say(self, line: str) -> None: ...
 
 
@@ -49,6 +51,9 @@ class _Told:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._tracker.samples(step, rows)
+
+    def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None:
+        self._tracker.left_out(field, rows)
 
     def say(self, line: str) -> None:
         if self._progress is not None:

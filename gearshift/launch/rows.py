@@ -31,8 +31,10 @@ def row_problems(config: Config) -> Iterator[tuple[str, str]]:
     for field, sources, read in readers(config):
         for source in filter(is_local, sources):
             try:
-                for record in islice(rows_of(source), ROWS):
-                    _check_prompt(record, read, read(record, keys), config.data)
+                records = list(islice(rows_of(source), ROWS))
+                if config.data.on_bad_row == "error":
+                    for record in records:
+                        _check_prompt(record, read, read(record, keys), config.data)
             except UserError as error:
                 yield field, str(error)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, and the dashboards of accelerate's trackers.
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, left_out.txt, and the dashboards of accelerate's trackers.
 
 Build a `Tracker` on rank 0 only. Lines are written out as they come, so that a run that dies can be read up to its end.
 """
@@ -19,6 +19,8 @@ from gearshift.errors import UserError
 from gearshift.launch.config import save
 from gearshift.rlhf.settings import Config, PpoConfig, PretrainConfig
 
+LEFT_OUT = "left_out.txt"
+
 
 class Tracker:
     """The writer of one run folder. What an earlier run wrote there as it went is removed, so that no two are mixed;
@@ -37,6 +39,7 @@ class Tracker:
             mode = "a" if _resumes(config) else "w"
             self._metrics = (self.folder / "metrics.jsonl").open(mode, encoding="utf-8")
             self._samples = (self.folder / "samples.jsonl").open(mode, encoding="utf-8")
+            (self.folder / LEFT_OUT).unlink(missing_ok=True)  # every start reads its rows anew
         except OSError as error:
             raise UserError(f"run.folder: {folder} cannot be written: {error.strerror}") from None
         save(config, self.folder / "config.yaml")
@@ -58,6 +61,13 @@ class Tracker:
         """One line `{"step": step, ...row}` a row: prompt, response, score, kl, finished."""
         for row in rows:
             _write(self._samples, {"step": step, **row})
+
+    def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None:
+        """One line `field<TAB>reason<TAB>file:line` for each row that is not used."""
+        lines = [f"{field}\t{reason}\t{row}\n" for reason, named in rows.items() for row in named]
+        if lines:
+            with (self.folder / LEFT_OUT).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
 
     def close(self) -> None:
         for tracker in self._trackers:

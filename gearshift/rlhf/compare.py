@@ -34,7 +34,7 @@ def compare(config: CompareConfig, report: Report) -> None:
     at_least(prompts, world.size, "data.validation")
     if settings.selection:
         at_least(selection, world.size, "compare.selection")
-    examination = Examination(config, world, encoder, prompts, selection)
+    examination = Examination(config, world, encoder, prompts, selection, report)
     answers: dict[str, list[Answer]] = {}
     systems: dict[str, dict[str, Any]] = {}
     report.start([], len(config.systems))

@@ -20,6 +20,7 @@ MEANING = (
     "run.seed",
     "run.dtype",
     "train.batch_size",
+    "train.pairs",
     "train.pretraining",
     "train.pretraining_fraction",
     "ppo.batch_size",

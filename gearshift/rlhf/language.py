@@ -52,8 +52,8 @@ def pretrain(config: PretrainConfig, report: Report) -> None:
     world = init_distributed()
     tokenizer = _tokenizer(config)
     encoder = encoder_of(config.data, tokenizer)
-    blocks = text_blocks(config.data.train, encoder)
-    held_out = text_blocks(config.data.validation, encoder)
+    blocks = text_blocks("data.train", config.data.train, encoder, report)
+    held_out = text_blocks("data.validation", config.data.validation, encoder, report)
     at_least(blocks, 1, "data.train")
     sampler = Sampler(len(blocks), config.train.batch_size, config.run.seed)
     _train(
@@ -78,12 +78,12 @@ def sft(config: SftConfig, report: Report) -> None:
     encoder = encoder_of(config.data, tokenizer)
     rows = load_rows("data.train", config.data.train, encoder.demonstrations, report)
     held_out = load_rows("data.validation", config.data.validation, encoder.demonstrations, report)
-    batches, steps, cursors = _mixed_batches(config, rows, encoder, world)
+    batches, steps, cursors = _mixed_batches(config, rows, encoder, world, report)
     _train(config, report, world, tokenizer, steps, batches, held_out, cursors)
 
 
 def _mixed_batches(
-    config: SftConfig, rows: list[Any], encoder: Encoder, world: World
+    config: SftConfig, rows: list[Any], encoder: Encoder, world: World, report: Report
 ) -> tuple[Iterator[TokenBatch], int, dict[str, Sampler]]:
     """Batches of demonstrations and `train.pretraining_fraction` of text, how many steps make the epochs, cursors."""
     train, seed = config.train, config.run.seed
@@ -92,7 +92,7 @@ def _mixed_batches(
     steps = demonstrations.steps(train.epochs)
     if not texts:
         return text_batches(rows, demonstrations, world), steps, {"rows": demonstrations}
-    blocks = text_blocks(train.pretraining, encoder)
+    blocks = text_blocks("train.pretraining", train.pretraining, encoder, report)
     at_least(blocks, 1, "train.pretraining")
     pretraining = Sampler(len(blocks), texts, seed)
 

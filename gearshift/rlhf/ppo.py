@@ -25,7 +25,7 @@ from gearshift.engine import (
 )
 from gearshift.engine.causal import WithoutAdapters
 from gearshift.engine.memory import peak_bytes
-from gearshift.engine.zero import ZeroModel
+from gearshift.engine.zero import Schedule, ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import BestModel
@@ -38,6 +38,7 @@ from gearshift.rlhf.kl import KlController, kl_penalty
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
 from gearshift.rlhf.resuming import Saver, Stateful
+from gearshift.rlhf.rewards import Asked, Reward, load_reward
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.scores import ScoreShaper, importance_weights
 from gearshift.rlhf.settings import PpoConfig
@@ -45,7 +46,9 @@ from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    lacks_value_head,
     load_rows,
+    require_critic_start,
     require_same_tokens,
     sampling_of,
     save_policy,
@@ -63,7 +66,7 @@ class Models:
     policy: HybridEngine
     critic: RewardModel | None
     reference: CausalModel | WithoutAdapters
-    reward_model: RewardModel
+    reward_model: Reward
 
 
 class Ppo:
@@ -350,6 +353,7 @@ class PpoData:
     prompts: Iterator[Prompts]
     pretraining: Iterator[TokenBatch]
     held_out_prompts: list[PromptRow]
+    asked: Asked  # all prompts, for what scores the answers to them
     held_out_text: list[Any]
     tokenizer: Any
     cursors: dict[str, Sampler] = field(default_factory=dict)  # where prompts and pretraining text are drawn from
@@ -361,8 +365,9 @@ class PpoData:
     @classmethod
     def load(cls, config: PpoConfig, world: World, report: Report) -> PpoData:
         tokenizer = tokenizer_of(config.data, config.policy.init)
-        require_same_tokens(tokenizer, config.reward.init, "reward.init")
-        if config.critic.init != "reward":
+        if config.critic_is_reward:
+            require_critic_start(tokenizer, config.reward.init)
+        elif config.has_critic:
             require_same_tokens(tokenizer, config.critic.init, "critic.init")
         if config.reference.init != "policy":
             require_same_tokens(tokenizer, config.reference.init, "reference.init")
@@ -373,9 +378,10 @@ class PpoData:
         cursors = {"prompts": Sampler(len(rows), config.ppo.prompts, config.run.seed)}
         return cls(
             prompts=prompt_batches(rows, cursors["prompts"], world, config.ppo.answers),
-            pretraining=_pretraining(config, text_encoder, world, cursors),
+            pretraining=_pretraining(config, text_encoder, world, cursors, report),
             held_out_prompts=held_out,
-            held_out_text=text_blocks(config.ptx.validation, text_encoder),
+            asked=Asked(tokenizer, config.data.keys, rows, held_out),
+            held_out_text=text_blocks("ptx.validation", config.ptx.validation, text_encoder, report),
             tokenizer=tokenizer,
             cursors=cursors,
         )
@@ -391,19 +397,19 @@ def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World, answer
 
 
 def _pretraining(
-    config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler]
+    config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler], report: Report
 ) -> Iterator[TokenBatch]:
     """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch; adds its cursor."""
     if config.ptx.weight == 0:
         return iter(())
-    blocks = text_blocks(config.ptx.data, encoder)
+    blocks = text_blocks("ptx.data", config.ptx.data, encoder, report)
     at_least(blocks, 1, "ptx.data")
     per_step = config.ppo.minibatch_size * config.ptx.examples_per_episode
     cursors["pretraining"] = Sampler(len(blocks), per_step, config.run.seed + 1)
     return text_batches(blocks, cursors["pretraining"], world)
 
 
-def load_models(config: PpoConfig, world: World) -> Models:
+def load_models(config: PpoConfig, world: World, data: PpoData) -> Models:
     """Policy and critic that train, reference and reward model that do not."""
     ppo, dtype = config.ppo, dtype_of(config.run, world)
     steps_per_iteration = ppo.minibatches * ppo.epochs
@@ -427,16 +433,24 @@ def load_models(config: PpoConfig, world: World) -> Models:
         offload_optimizer=config.rollout.offload_optimizer,
         **common,
     )
-    critic = None
-    if ppo.advantage == "gae":
-        critic_init = config.reward.init if config.critic.init == "reward" else config.critic.init
-        training = training_of(config.optimizer, schedule, config.critic.learning_rate)
-        critic = RewardModel.load(critic_init, world, training=training, **common)
     return Models(
         policy,
-        critic,
+        _critic(config, world, schedule, common) if config.has_critic else None,
         _reference(config, world, policy, common),
-        RewardModel.load(config.reward.init, world, **common),
+        load_reward(config.reward, data.asked, world, **common),
+    )
+
+
+def _critic(config: PpoConfig, world: World, schedule: Schedule, common: dict[str, Any]) -> RewardModel:
+    """A copy of the reward model, or a model of its own, which gets a new value head where it has none."""
+    init = config.reward.init if config.critic_is_reward else config.critic.init
+    return RewardModel.load(
+        init,
+        world,
+        training=training_of(config.optimizer, schedule, config.critic.learning_rate),
+        new_head=lacks_value_head(init),
+        seed=config.run.seed,
+        **common,
     )
 
 
@@ -455,7 +469,7 @@ def ppo(config: PpoConfig, report: Report) -> None:
     """Train a policy against a reward model; with `ptx.coef` above 0 this is PPO-ptx."""
     world = init_distributed()
     data = PpoData.load(config, world, report)
-    run = Ppo(config, world, load_models(config, world), data, report)
+    run = Ppo(config, world, load_models(config, world, data), data, report)
     iterations, every = config.ppo.iterations, config.ppo.validate_every
     trained: dict[str, ZeroModel] = {"policy": run.policy}
     if run.critic is not None:

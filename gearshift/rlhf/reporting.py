@@ -20,6 +20,9 @@ class Report(Protocol):
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Some answers, as `{"prompt", "response", ...}`."""
 
+    def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None:
+        """Rows of the sources in the config's `field` that are not used: reason -> where each stands."""
+
     def say(self, line: str) -> None:
         """One line for the screen."""
 

@@ -14,8 +14,9 @@ from torch.nn.functional import logsigmoid
 
 from gearshift.engine import RewardModel, World, init_distributed
 from gearshift.kernels import Loss
+from gearshift.rlhf.calibration import accuracy_interval, calibration_error, pair_sums
 from gearshift.rlhf.data.batches import ComparisonBatch, collate_comparisons
-from gearshift.rlhf.data.encoding import Comparison, Demonstration
+from gearshift.rlhf.data.encoding import Comparison, Demonstration, split_in_pairs
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.resuming import Saver
@@ -25,21 +26,37 @@ from gearshift.rlhf.supervised import evaluate, fit
 
 
 def reward_loss(model: RewardModel, batch: ComparisonBatch, count: Tensor) -> Loss:
-    """Σ over prompts of −(1/pairs) Σ log σ(r_preferred − r_other), divided by count, the prompts that have a pair.
+    """Σ over prompts of −(1/pairs) Σ log σ(r_preferred − r_other − margin), over count, the prompts that have a pair.
 
-    InstructGPT equation 1, with the mean over a prompt's pairs that are not ties.
+    InstructGPT equation 1, with the mean over a prompt's pairs that are not ties; the margin is Llama 2's (2307.09288,
+    equation 2), 0 where the data has none.
     """
+    return _pair_loss(_gaps(model, batch), batch, count)
+
+
+def held_out_loss(model: RewardModel, batch: ComparisonBatch, count: Tensor) -> Loss:
+    """`reward_loss`, and the sums that accuracy and calibration are made from."""
+    gaps = _gaps(model, batch)
+    loss = _pair_loss(gaps, batch, count)
+    return Loss(loss.loss, {**loss.metrics, **pair_sums(gaps, batch.pairs())})
+
+
+def _gaps(model: RewardModel, batch: ComparisonBatch) -> Tensor:
+    """`[B, K, K]` fp32: by how much answer i is rewarded above answer j."""
     rewards = answer_rewards(model, batch)
+    return rewards[:, :, None] - rewards[:, None, :]
+
+
+def _pair_loss(gaps: Tensor, batch: ComparisonBatch, count: Tensor) -> Loss:
     pairs = batch.pairs()
-    margins = rewards[:, :, None] - rewards[:, None, :]
     per_prompt = pairs.flatten(1).sum(1).clamp(min=1)
-    losses = -torch.where(pairs, logsigmoid(margins), 0.0).flatten(1).sum(1) / per_prompt
+    losses = -torch.where(pairs, logsigmoid(gaps - batch.margins[:, None, None]), 0.0).flatten(1).sum(1) / per_prompt
     return Loss(
         losses.sum() / count,
         {
             "tokens": batch.lengths.sum().double(),
             "pairs": pairs.sum().double(),
-            "right": (pairs & (margins > 0)).sum().double(),
+            "right": (pairs & (gaps > 0)).sum().double(),
         },
     )
 
@@ -65,6 +82,8 @@ def reward(config: RewardConfig, report: Report) -> None:
     tokenizer = tokenizer_of(config.data, config.policy.init)
     encoder = encoder_of(config.data, tokenizer)
     rows = load_rows("data.train", config.data.train, encoder.comparisons, report)
+    if config.train.pairs == "pairwise":
+        rows = [pair for row in rows for pair in split_in_pairs(row)]
     held_out = load_rows("data.validation", config.data.validation, encoder.comparisons, report)
     demonstrations = load_rows("data.demonstrations", config.data.demonstrations, encoder.demonstrations, report)
     sampler = Sampler(len(rows), config.train.batch_size, config.run.seed)
@@ -101,11 +120,15 @@ def comparison_batches(rows: list[Any], sampler: Sampler, world: World) -> Itera
 
 
 def measure(model: RewardModel, rows: list[Any]) -> dict[str, float]:
-    """Loss on held-out comparisons, and how often the preferred answer has the higher reward. Collective."""
-    sums = evaluate(model, reward_loss, rows, collate_comparisons)
+    """Loss on held-out comparisons, and of their pairs: accuracy with its interval, calibration error. Collective."""
+    sums = {name: float(value) for name, value in evaluate(model, held_out_loss, rows, collate_comparisons).items()}
+    low, high = accuracy_interval(sums)
     return {
-        "loss/validation": float(sums["loss"]),
-        "reward/accuracy": float(sums["right"] / sums["pairs"].clamp(min=1)),
+        "loss/validation": sums["loss"],
+        "reward/accuracy": sums["right"] / max(1.0, sums["pairs"]),
+        "reward/accuracy_low": low,
+        "reward/accuracy_high": high,
+        "reward/calibration_error": calibration_error(sums),
     }
 
 

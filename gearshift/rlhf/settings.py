@@ -6,7 +6,8 @@ Paths are relative to the directory that the command is started in.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -19,11 +20,11 @@ from gearshift.engine.settings import (
     OptimizerSettings,
     RolloutSettings,
     Section,
-    Sources,
 )
 from gearshift.rlhf.compare_settings import CompareSettings, SystemSettings
-from gearshift.rlhf.data.formats import Keys
+from gearshift.rlhf.data.settings import DataSettings, RewardDataSettings
 from gearshift.rlhf.ppo_settings import PpoSettings, PtxSettings
+from gearshift.rlhf.train_settings import RewardTrainSettings, SftTrainSettings, TrainSettings
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -35,7 +36,9 @@ def _refuse_fp16(value: Any) -> Any:
 class RunSettings(Section):
     """Where a run writes, and on what."""
 
-    folder: str = Field(description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, model/")
+    folder: str = Field(
+        description="Run folder: config.yaml, metrics.jsonl, samples.jsonl, left_out.txt, tensorboard/, model/"
+    )
     overwrite: bool = Field(False, description="Write into a folder that holds a finished run, in place of that run")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data order, initial weights and sampling")
     ranks: int | None = Field(None, ge=1, description="Processes; null: one per GPU, or 2 without GPUs")
@@ -56,10 +59,22 @@ class PolicySettings(Section):
     )
 
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def names_function(init: str) -> bool:
+    """Whether a field that takes a model names a Python function in its place: "module:function"."""
+    return FUNCTION.fullmatch(init) is not None
+
+
 class CriticSettings(Section):
     """The value function of PPO."""
 
-    init: str = Field("reward", description='"reward": a copy of the reward model, head and bias included; or a folder')
+    init: str = Field(
+        "reward",
+        description='"reward": a copy of the reward model, head and bias included; or a folder with the policy\'s '
+        "tokenizer: a sequence classifier, or a causal language model, which gets a new value head",
+    )
     learning_rate: float = Field(9e-6, gt=0, description="Peak rate per optimizer step (InstructGPT C.4)")
 
 
@@ -76,93 +91,15 @@ class FixedReferenceSettings(Section):
 
 
 class RewardSettings(Section):
-    """The trained reward model."""
+    """What scores a response."""
 
-    init: str = Field(description="Hugging Face sequence-classification folder")
-
-
-class DataSettings(Section):
-    """Where rows come from, what their fields are called, and how text becomes tokens."""
-
-    train: Sources = Field([], description="Sources: .jsonl, .jsonl.gz, .parquet, .txt or a hub name")
-    validation: Sources = Field([], description="Sources that are never trained on; [] : no validation")
-    tokenizer: str | None = Field(
-        None, description='Folder or hub name; null: that of policy.init; "train": a new one (policy.init: config)'
+    init: str = Field(
+        description="Hugging Face sequence-classification folder or hub name with one output (text is tokenized again "
+        'where its tokenizer is not the policy\'s); or "module:function", (prompts, responses, rows) -> scores'
     )
-    tokenizer_text: Sources = Field([], description="tokenizer: train: sources it is trained on; [] : data.train")
-    vocab_size: int | None = Field(
-        None, ge=258, description="tokenizer: train: its size, tokens; 258 are every byte, EOS and pad"
+    chat_template: bool = Field(
+        False, description="Give it prompt and response as turns of its own tokenizer's chat template"
     )
-    max_prompt_tokens: int = Field(
-        1024, ge=1, description="Longer prompts are filtered out and counted, never cut; tokens (InstructGPT C: 1k)"
-    )
-    max_tokens: int = Field(
-        2048, ge=2, description="Longest training sequence, prompt and completion; tokens (InstructGPT C: 2k)"
-    )
-    prompt_template: str = Field("{prompt}", description="Text of a prompt; {prompt}, once, stands for the row's")
-    chat_template: bool = Field(False, description="Wrap prompts in the tokenizer's chat template")
-    prompt_key: str = Field("prompt", description="Row field of the prompt")
-    completion_key: str = Field("completion", description="Row field of a demonstration's completion")
-    messages_key: str = Field("messages", description="Row field of a conversation (list of role and content)")
-    chosen_key: str = Field("chosen", description="Row field of the better completion of a pair")
-    rejected_key: str = Field("rejected", description="Row field of the worse completion of a pair")
-    context_key: str = Field("context", description="Row field of the prompt of a ranked row")
-    completions_key: str = Field("completions", description="Row field of K ranked completions (text and rank each)")
-    text_key: str = Field("text", description="Row field of pretraining text")
-    inputs_key: str = Field("inputs", description="Row field of the prompt in FLAN and P3 format")
-    targets_key: str = Field("targets", description="Row field of the completion in FLAN and P3 format")
-    turn: str = Field(
-        "\n\nAssistant:", description="What opens the assistant's turn where chosen and rejected hold the prompt"
-    )
-
-    @property
-    def keys(self) -> Keys:
-        """The names of the rows' fields."""
-        return Keys(
-            prompt=self.prompt_key,
-            completion=self.completion_key,
-            messages=self.messages_key,
-            chosen=self.chosen_key,
-            rejected=self.rejected_key,
-            context=self.context_key,
-            completions=self.completions_key,
-            text=self.text_key,
-            inputs=self.inputs_key,
-            targets=self.targets_key,
-            turn=self.turn,
-        )
-
-
-class RewardDataSettings(DataSettings):
-    """Rows of comparisons, and the demonstrations that fix the reward's zero."""
-
-    demonstrations: Sources = Field(
-        [], description="Sources of demonstrations whose mean reward the bias makes 0 (InstructGPT 3.5); [] : bias 0"
-    )
-
-
-class TrainSettings(Section):
-    """Epochs, batches and the rate's schedule of a supervised stage."""
-
-    epochs: int = Field(
-        1, ge=1, description="Passes over the training rows (InstructGPT: SFT 16, before PPO 2, reward 1)"
-    )
-    batch_size: int = Field(
-        32, ge=1, description="Sequences (reward: prompts) per optimizer step, all ranks together (InstructGPT C.1)"
-    )
-    micro_batch_size: int = Field(
-        8, ge=1, description="Rows (reward: prompts) per rank in one forward and backward; changes memory only"
-    )
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")
-    final_fraction: float = Field(
-        0.1, ge=0, le=1, description="cosine: last rate as a part of the peak (InstructGPT C.1)"
-    )
-    validate_every: int = Field(0, ge=0, description="Optimizer steps between validations; 0: only at the end")
-    pretraining_fraction: float = Field(
-        0.0, ge=0, lt=1, description="SFT: part of the rows that is pretraining text (InstructGPT C.3: 0.1 before PPO)"
-    )
-    pretraining: Sources = Field([], description="SFT: sources of that text")
 
 
 class TrackingSettings(Section):
@@ -193,11 +130,14 @@ class PretrainConfig(Config):
 class SftConfig(PretrainConfig):
     """Supervised fine-tuning on demonstrations."""
 
+    train: SftTrainSettings = SftTrainSettings()
+
 
 class RewardConfig(PretrainConfig):
     """A reward model from ranked completions; policy.init is the SFT model whose backbone it starts from."""
 
     data: RewardDataSettings
+    train: RewardTrainSettings = RewardTrainSettings()
 
 
 class PpoConfig(Config):
@@ -213,6 +153,16 @@ class PpoConfig(Config):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: PpoCheckpointSettings = PpoCheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a value function."""
+        return self.ppo.advantage == "gae"
+
+    @property
+    def critic_is_reward(self) -> bool:
+        """Whether the critic starts as a copy of the reward model."""
+        return self.has_critic and self.critic.init == "reward"
 
 
 class CompareConfig(Config):

@@ -13,13 +13,14 @@ from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings, RolloutSettings
 from gearshift.errors import SettingError, UserError
-from gearshift.rlhf.data.encoding import Block, Encoded, Encoder
+from gearshift.rlhf.data.encoding import Block, Encoder
+from gearshift.rlhf.data.left_out import Encoded
 from gearshift.rlhf.data.sources import Record, read_sources
 from gearshift.rlhf.data.tokenizers import load_tokenizer, load_vocabulary
 from gearshift.rlhf.data.vocabulary import has_tokenizer, rows_needed, too_small
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.schedules import constant, cosine
-from gearshift.rlhf.settings import DataSettings, PolicySettings, RunSettings, TrainSettings
+from gearshift.rlhf.settings import DataSettings, PolicySettings, RunSettings, TrainSettings, names_function
 
 Row = TypeVar("Row")
 
@@ -71,6 +72,7 @@ def encoder_of(data: DataSettings, tokenizer: Any, max_tokens: int | None = None
         chat_template=data.chat_template,
         max_prompt_tokens=data.max_prompt_tokens,
         max_tokens=max_tokens or data.max_tokens,
+        on_bad_row=data.on_bad_row,
     )
 
 
@@ -96,10 +98,36 @@ def require_room(tokenizer: Any, init: str, field: str) -> None:
 def require_same_tokens(tokenizer: Any, init: str, field: str) -> None:
     """Raises SettingError when the model at `init` reads other token ids; a folder without any is taken at its word."""
     require_room(tokenizer, init, field)
-    if Path(init).is_dir() and not has_tokenizer(Path(init)):
-        return
-    if load_vocabulary(init, field) != tokenizer.get_vocab():
+    if not has_same_tokens(tokenizer, init, field):
         raise SettingError(field, f"the tokenizer of {init} is not the policy's, so it would read other tokens")
+
+
+def has_same_tokens(tokenizer: Any, init: str, field: str) -> bool:
+    """Whether the model at `init` reads the tokenizer's ids; a folder without a tokenizer is taken to."""
+    if Path(init).is_dir() and not has_tokenizer(Path(init)):
+        return True
+    return bool(load_vocabulary(init, field) == tokenizer.get_vocab())
+
+
+def require_critic_start(tokenizer: Any, reward: str) -> None:
+    """Raises SettingError, naming critic.init, when `reward.init` cannot be copied into a critic of these tokens."""
+    if names_function(reward):
+        why = f"reward.init {reward} is a function"
+    elif not has_same_tokens(tokenizer, reward, "reward.init"):
+        why = f"the tokenizer of the reward model {reward} is not the policy's"
+    else:
+        return
+    raise SettingError(
+        "critic.init",
+        f"{why}, so it cannot start the critic: set critic.init to a folder with the policy's tokenizer "
+        "(policy.init gets a new value head)",
+    )
+
+
+def lacks_value_head(init: str) -> bool:
+    """Whether a model is a causal language model, which needs a new head to be a critic."""
+    architectures = getattr(config_of(init), "architectures", None) or []
+    return bool(architectures) and not any("ForSequenceClassification" in name for name in architectures)
 
 
 def load_rows(
@@ -117,12 +145,19 @@ def load_rows(
         return []
     encoded = encode(read_sources(sources)[:first])
     report.say(f"{field}: {encoded.describe()}")
+    report.left_out(field, encoded.dropped)
     return encoded.rows
 
 
-def text_blocks(sources: list[str], encoder: Encoder) -> list[Block]:
+def text_blocks(field: str, sources: list[str], encoder: Encoder, report: Report) -> list[Block]:
     """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks."""
-    return encoder.blocks(read_sources(sources)).rows if sources else []
+    if not sources:
+        return []
+    encoded = encoder.blocks(read_sources(sources))
+    if encoded.dropped:
+        report.say(f"{field}: {encoded.left_out()}")
+        report.left_out(field, encoded.dropped)
+    return encoded.rows
 
 
 def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:

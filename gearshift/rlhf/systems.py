@@ -17,6 +17,7 @@ from gearshift.rlhf.compare_settings import SystemSettings
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Block, Encoder, PromptRow
 from gearshift.rlhf.language import language_loss
+from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import CompareConfig
 from gearshift.rlhf.setup import dtype_of, encoder_of, sampling_of, text_blocks
 from gearshift.rlhf.statistics import bootstrap_mean
@@ -53,6 +54,7 @@ class Examination:
         encoder: Encoder,
         prompts: list[PromptRow],
         selection: list[PromptRow],
+        report: Report,
     ):
         self._config, self._world, self._encoder = config, world, encoder
         self._prompts, self._selection = prompts, selection
@@ -64,7 +66,7 @@ class Examination:
         self._reward_model = RewardModel.load(config.reward.init, world, **common)
         self._reference = CausalModel.load(config.reference.init, world, **common)
         text = encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens)
-        self._text: list[Block] = text_blocks(config.ptx.validation, text)
+        self._text: list[Block] = text_blocks("ptx.validation", config.ptx.validation, text, report)
 
     def examine(self, system: SystemSettings) -> Examined:
         """Collective. Every rank gets the same."""

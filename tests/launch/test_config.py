@@ -166,12 +166,36 @@ def test_help_has_every_field_with_default_and_description(command: str) -> None
         assert f"({'default ' + default if default else 'required'})\n      {description}" in text
 
 
-def test_a_reward_model_that_reads_other_tokens_is_refused(here: Path) -> None:
-    """Whether or not it is to start the critic."""
+def ppo_with(**settings: Any) -> dict[str, Any]:
+    values = example("ppo")
+    for key, value in settings.items():
+        values = changed(values, key.replace("__", "."), value)
+    return values
+
+
+def test_a_reward_model_that_reads_other_tokens_cannot_start_the_critic(here: Path) -> None:
     model_folder(here / "foreign", {"a": 0}, architectures=["LlamaForSequenceClassification"])
-    values = changed(example("ppo"), "reward.init", "foreign")
-    assert "critic.init: " in error_of("ppo", changed(values, "critic.init", "reward"))
-    assert "reward.init: its tokenizer is not that of sft" in error_of("ppo", changed(values, "critic.init", "sft"))
+    told = error_of("ppo", ppo_with(reward__init="foreign"))
+    assert "critic.init: the tokenizer of the reward model foreign is not" in told
+    load("ppo", write(ppo_with(reward__init="foreign", critic__init="sft")), ranks=2)
+    compared = changed(example("compare"), "reward.init", "foreign")
+    assert "reward.init: its tokenizer is not that of sft" in error_of("compare", compared)
+    model_folder(here / "small", {"a": 0, "b": 400}, architectures=["LlamaForSequenceClassification"], vocab_size=300)
+    told = error_of("ppo", ppo_with(reward__init="small", critic__init="sft"))
+    assert "reward.init: small: its config.json has vocab_size 300" in told
+    told = error_of("ppo", ppo_with(reward__init="foreign", critic__init="sft", reward__chat_template=True))
+    assert "reward.chat_template: the tokenizer of foreign has no chat template" in told
+
+
+def test_a_function_as_the_reward(here: Path) -> None:
+    name = "gearshift.rlhf.rewards:load_function"
+    assert f"critic.init: reward.init {name} is a function" in error_of("ppo", ppo_with(reward__init=name))
+    load("ppo", write(ppo_with(reward__init=name, critic__init="sft")), ranks=2)
+    told = error_of("ppo", ppo_with(reward__init="no.such:thing", critic__init="sft"))
+    assert "reward.init: no.such:thing cannot be found" in told
+    told = error_of("ppo", ppo_with(reward__init=name, critic__init="sft", reward__chat_template=True))
+    assert "which reads text" in told
+    assert "reward.init: is for gearshift ppo" in error_of("compare", changed(example("compare"), "reward.init", name))
 
 
 @pytest.mark.parametrize(

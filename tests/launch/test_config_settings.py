@@ -208,7 +208,7 @@ WRONG_ELSEWHERE = [
     ("sft", "train.batch_size", 1, "train.batch_size: 1 does not divide by the 2 ranks (run.ranks): use 2"),
     ("sft", "train.pretraining_fraction", 0.1, "train.pretraining: needed with train.pretraining_fraction above 0"),
     ("sft", "train.pretraining", "text.txt", "train.pretraining_fraction: 0, so train.pretraining would not be read"),
-    ("reward", "train.pretraining_fraction", 0.1, "train.pretraining_fraction: only gearshift sft"),
+    ("reward", "train.pretraining_fraction", 0.1, "train.pretraining_fraction: unknown setting"),
     ("reward", "data.demonstrations", "none.jsonl", "data.demonstrations: there is no file none.jsonl"),
     ("sft", "data.demonstrations", "none.jsonl", "data.demonstrations: unknown setting"),
     ("pretrain", "data.vocab_size", ..., "data.vocab_size: needed with data.tokenizer: train"),

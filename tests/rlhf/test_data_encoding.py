@@ -52,15 +52,15 @@ def test_long_prompts_are_left_out_and_counted_never_cut(tokenizer):
     rows = records({"prompt": "xxxx"}, {"prompt": "xxxxx"}, {"prompt": "yyy"})
     encoded = Encoder(tokenizer, max_prompt_tokens=4).prompts(rows)
     assert [(row.id, row.text) for row in encoded.rows] == [(0, "xxxx"), (1, "yyy")]  # an id is a place in `rows`
-    assert encoded.dropped == {"over data.max_prompt_tokens=4": 1}
-    assert encoded.describe() == "2 of 3 rows; left out: 1 over data.max_prompt_tokens=4"
+    assert encoded.dropped == {"over data.max_prompt_tokens=4": ["data.jsonl:2"]}
+    assert encoded.describe() == "2 of 3 rows; left out: 1 over data.max_prompt_tokens=4 (data.jsonl:2)"
 
 
 def test_demonstrations_end_with_eos_and_count_it_in_the_limit(tokenizer):
     rows = records({"prompt": "xx", "completion": "yy"}, {"prompt": "xx", "completion": "yyy"})
     encoded = Encoder(tokenizer, max_tokens=5).demonstrations(rows)
     assert encoded.rows == [Demonstration(ids(tokenizer, "xx"), [*ids(tokenizer, "yy"), tokenizer.eos_token_id])]
-    assert encoded.dropped == {"over data.max_tokens=5": 1}
+    assert encoded.dropped == {"over data.max_tokens=5": ["data.jsonl:2"]}
 
 
 def test_eos_is_not_added_twice(tokenizer):
@@ -88,7 +88,7 @@ def test_comparisons_without_a_pair_are_left_out(tokenizer):
     eos = tokenizer.eos_token_id
     answers = [[*ids(tokenizer, text), eos] for text in "abc"]
     assert encoded.rows == [Comparison(ids(tokenizer, "q"), answers, [1.0, 0.0, 1.0])]
-    assert encoded.dropped == {"without two different answers of different rank": 2}
+    assert encoded.dropped == {"without two different answers of different rank": ["data.jsonl:2", "data.jsonl:3"]}
 
 
 def test_the_same_answer_twice_is_one_at_its_mean_rank(tokenizer):
@@ -104,7 +104,7 @@ def test_one_long_answer_leaves_the_comparison_out(tokenizer):
     rows = records({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "bbbb"})
     encoded = Encoder(tokenizer, max_tokens=5).comparisons(rows)
     assert len(encoded.rows) == 1
-    assert encoded.dropped == {"over data.max_tokens=5": 1}
+    assert encoded.dropped == {"over data.max_tokens=5": ["data.jsonl:2"]}
 
 
 def test_blocks_predict_every_token_of_the_text_once(tokenizer):

@@ -41,6 +41,8 @@ def test_gzip_parquet_and_text(tmp_path):
         ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": ', "rows.jsonl:2: is not valid JSON"),
         ("rows.jsonl", b'{"prompt": "a"}\n[1]\n', "rows.jsonl:2: a row must be a JSON object, this is a list"),
         ("rows.jsonl", b'{"prompt": "\xff"}\n', "rows.jsonl:1: is not UTF-8 text"),
+        ("rows.jsonl", b"[" * 100_000, "rows.jsonl:1: is JSON that cannot be read"),
+        ("rows.jsonl", b"1" * 9999, "rows.jsonl:1: is JSON that cannot be read"),
         ("rows.jsonl", b"\n\n", "rows.jsonl: the data set is empty"),
         ("text.txt", b"  \n", "text.txt: the data set is empty"),
         ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read"),
@@ -52,7 +54,7 @@ def test_gzip_parquet_and_text(tmp_path):
 def test_a_bad_file_is_one_line_that_says_where(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_source(str(tmp_path / name))
+        [record.fields for record in read_source(str(tmp_path / name))]
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gearshift.engine import CausalModel, TokenBatch, World
+from gearshift.errors import UserError
 from gearshift.launch import folders
 from gearshift.launch.config import validate
 from gearshift.rlhf.data.batches import collate_text
@@ -125,7 +126,7 @@ def test_pretraining_text_is_its_part_of_every_batch(policy_folder: str, tmp_pat
     encoder = Encoder(load_tokenizer(policy_folder), max_tokens=48)
     demonstrations = [Demonstration([5, 6, 7 + i], [9, 0]) for i in range(16)]
     batches, steps, _ = zip(
-        *(_mixed_batches(config, demonstrations, encoder, w) for w in worlds(1) + worlds(2)), strict=True
+        *(_mixed_batches(config, demonstrations, encoder, w, Recorder()) for w in worlds(1) + worlds(2)), strict=True
     )
     # 16 demonstrations, six in a batch, twice: 32 / 6 batches.
     assert steps == (6, 6, 6)
@@ -201,3 +202,28 @@ def check_folder(folder: Path) -> None:
     assert model.config.vocab_size == len(load_tokenizer(str(folder))) == 270
     assert model.config.eos_token_id == 0
     assert (folders.model_config(str(folder)) or {})["architectures"] == ["LlamaForCausalLM"]
+
+
+def told_of_bad_rows(world: World, values: dict[str, Any]) -> tuple[str, Recorder]:
+    report = Recorder()
+    try:
+        sft(validate("sft", values), report)  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error), report
+    return "", report
+
+
+def test_bad_rows_mean_the_same_on_every_rank(two_ranks: WorkerGroup, policy_folder: str, tmp_path: Path) -> None:
+    """Both ranks stop with one line before any step; or both leave the same rows out, and none waits for the other."""
+    values = sft_values(tmp_path, policy_folder)
+    rows = Path(values["data"]["train"])
+    rows.write_text("{\n" + rows.read_text() + '{"prompt": "a"}\n')
+    for message, report in two_ranks.run(told_of_bad_rows, values, timeout=60):
+        assert message.startswith(f"{rows}:1: is not valid JSON")
+        assert not report.metrics
+    values["data"]["on_bad_row"] = "skip"
+    for message, report in two_ranks.run(told_of_bad_rows, values, timeout=60):
+        assert message == ""
+        assert len(report.metrics) == 4, "16 rows of 18, 8 a step, twice"
+        assert len(report.rows_left_out["data.train", "broken"]) == 2
+        assert any(line.startswith("data.train: 16 of 18 rows; left out: 2 broken") for line in report.lines)

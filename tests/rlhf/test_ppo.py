@@ -200,7 +200,7 @@ def build(world: World, values: dict[str, Any]) -> Ppo:
     config: Any = validate("ppo", values)
     report = Recorder()
     data = PpoData.load(config, world, report)
-    return Ppo(config, world, load_models(config, world), data, report)
+    return Ppo(config, world, load_models(config, world, data), data, report)
 
 
 def gradients_of(model: CausalModel) -> dict[str, Tensor]:

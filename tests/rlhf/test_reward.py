@@ -1,5 +1,6 @@
 """The reward model: its loss against a loop over pairs, its gradients over ranks and micro-batches, the whole stage."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gearshift.engine.saving import gathered_parameters
 from gearshift.launch import folders
 from gearshift.launch.config import validate
 from gearshift.rlhf.data.batches import ComparisonBatch, collate_comparisons
-from gearshift.rlhf.data.encoding import Comparison, Encoder
+from gearshift.rlhf.data.encoding import Comparison, Encoder, split_in_pairs
 from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.data.tokenizers import load_tokenizer
 from gearshift.rlhf.reward import answer_rewards, mean_demonstration_reward, measure, reward, reward_loss
@@ -21,6 +22,8 @@ from tests.rlhf.tiny import SENTENCES, Recorder, save_policy, write_jsonl
 from tests.worker_group import WorkerGroup
 
 VOCABULARY = 50
+FIGURES = ("loss/validation", "reward/accuracy", "reward/accuracy_low", "reward/accuracy_high")
+FIGURES += ("reward/calibration_error",)
 
 
 def comparisons(count: int, seed: int = 0) -> list[Comparison]:
@@ -35,7 +38,8 @@ def comparisons(count: int, seed: int = 0) -> list[Comparison]:
     for b in range(count):
         answers = 1 + b % 5
         ranks = [float(r) for r in torch.randint(0, 3, (answers,), generator=g)]
-        rows.append(Comparison(tokens(4), [tokens(6) for _ in range(answers)], ranks))
+        margin = 0.0 if b % 3 else 0.25 * b
+        rows.append(Comparison(tokens(4), [tokens(6) for _ in range(answers)], ranks, margin))
     return rows
 
 
@@ -60,13 +64,13 @@ class Table:
 
 
 def naive_loss(model: Table, rows: list[Comparison]) -> Tensor:
-    """−(1/pairs) Σ log σ(r_w − r_l) of each prompt that has a pair, and their mean (InstructGPT, equation 1)."""
+    """−(1/pairs) Σ log σ(r_w − r_l − margin) of each prompt with a pair, and their mean (InstructGPT, equation 1)."""
     losses = []
     for row in rows:
         pairs = pairs_of(row)
-        margins = [model.reward(row, i) - model.reward(row, j) for i, j in pairs]
-        if margins:
-            losses.append(sum(torch.log1p(torch.exp(-m)) for m in margins) / len(margins))
+        gaps = [model.reward(row, i) - model.reward(row, j) - row.margin for i, j in pairs]
+        if gaps:
+            losses.append(sum(torch.log1p(torch.exp(-gap)) for gap in gaps) / len(gaps))
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
@@ -105,6 +109,22 @@ def test_two_answers_are_the_pairwise_loss() -> None:
     found = reward_loss(model, batch, batch.loss_count)  # type: ignore[arg-type]
     assert found.loss.item() == pytest.approx(math.log(1 + math.exp(2)), rel=1e-12)
     assert float(found.metrics["right"]) == 0
+
+
+def test_pairs_as_rows_of_their_own_have_the_same_loss() -> None:
+    """Where every prompt has as many pairs; and each pair keeps its prompt, its order and its margin."""
+    row = Comparison([1, 2], [[3], [4], [5]], [2.0, 1.0, 2.0], 0.5)
+    assert split_in_pairs(row) == [
+        Comparison([1, 2], [[4], [3]], [0.0, 1.0], 0.5),
+        Comparison([1, 2], [[4], [5]], [0.0, 1.0], 0.5),
+    ]
+    rows, model = [row, dataclasses.replace(row, prompt=[7], ranks=[0.0, 0.0, 1.0])], Table()
+    pairs = [pair for row in rows for pair in split_in_pairs(row)]
+    losses = [
+        reward_loss(model, batch, batch.loss_count).loss.item()  # type: ignore[arg-type]
+        for batch in (collate_comparisons(rows), collate_comparisons(pairs))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def test_a_batch_of_fillers_alone_has_no_loss() -> None:
@@ -235,11 +255,32 @@ def test_the_stage(two_ranks: WorkerGroup, policy_folder: str, tmp_path: Path) -
     check_the_folder(two_ranks, str(tmp_path / "run/model"), paths, found[-1])
 
 
+def test_the_stage_pair_by_pair(two_ranks: WorkerGroup, policy_folder: str, tmp_path: Path) -> None:
+    """24 prompts with 3 pairs each are 72 rows, 9 steps of 8; held-out prompts stay whole."""
+    values = {
+        "run": {"folder": str(tmp_path / "run"), "seed": 2},
+        "policy": {"init": policy_folder},
+        "data": {
+            "train": write_jsonl(tmp_path / "train.jsonl", ranked_rows(24)),
+            "validation": write_jsonl(tmp_path / "validation.jsonl", ranked_rows(31)[24:]),
+            "max_tokens": 64,
+            "max_prompt_tokens": 40,
+        },
+        "train": {"batch_size": 8, "micro_batch_size": 4, "pairs": "pairwise"},
+        "optimizer": {"learning_rate": 3e-3},
+    }
+    found = two_ranks.run(train_reward, values, timeout=60)[0].metrics
+    assert len(found) == 9
+    assert found[-1]["reward/accuracy"] > 0.9
+
+
 def check_the_folder(two_ranks: WorkerGroup, folder: str, paths: dict[str, str], last: dict[str, float]) -> None:
     bias, mean, measured = two_ranks.run(judge, folder, paths["demonstrations"], paths["validation"], timeout=60)[0]
     assert abs(bias) > 1e-3
     assert abs(mean) < 1e-5
-    assert measured == pytest.approx({k: last[k] for k in ("loss/validation", "reward/accuracy")}, rel=1e-5)
+    assert set(measured) == {*FIGURES}
+    assert measured == pytest.approx({k: last[k] for k in FIGURES}, rel=1e-5)
+    assert measured["reward/accuracy_low"] < measured["reward/accuracy"] <= measured["reward/accuracy_high"]
     assert folders.model_problem(folder, classifier=True) is None
     from transformers import AutoModelForSequenceClassification
 

@@ -28,6 +28,7 @@ class Recorder:
         self.done = 0
         self.metrics: list[dict[str, float]] = []
         self.rows: list[dict[str, Any]] = []
+        self.rows_left_out: dict[tuple[str, str], list[str]] = {}
 
     def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
         self.lines += lines
@@ -39,6 +40,9 @@ class Recorder:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows += [{"step": step, **row} for row in rows]
+
+    def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None:
+        self.rows_left_out |= {(field, reason): list(named) for reason, named in rows.items()}
 
     def say(self, line: str) -> None:
         self.lines.append(line)

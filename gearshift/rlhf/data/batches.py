@@ -21,12 +21,13 @@ class ComparisonBatch(Rows):
     """Prompts with ranked answers, one row per prompt, so that all its pairs are one batch element.
 
     `tokens [B, K, S]` int64: prompt and answer as one sequence, EOS included; `lengths [B, K]` int64, 0 where a prompt
-    has fewer answers; `ranks [B, K]` fp32, the lower the better.
+    has fewer answers; `ranks [B, K]` fp32, the lower the better; `margins [B]` fp32, 0 but for pairs that have one.
     """
 
     tokens: Tensor
     lengths: Tensor
     ranks: Tensor
+    margins: Tensor
 
     def pairs(self) -> Tensor:
         """`[B, K, K]` bool: answer i was preferred to answer j. Ties make no pair."""
@@ -80,7 +81,8 @@ def collate_comparisons(rows: Sequence[Comparison | None]) -> ComparisonBatch:
             lengths[b, k] = len(text)
         if row is not None:
             ranks[b, : len(row.ranks)] = torch.tensor(row.ranks)
-    return ComparisonBatch(tokens, lengths, ranks)
+    margins = torch.tensor([0.0 if row is None else row.margin for row in rows])
+    return ComparisonBatch(tokens, lengths, ranks, margins)
 
 
 def _padded(rows: Sequence[list[int]], pad: int) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -25,10 +25,10 @@ from gearshift.rlhf.data.formats import (
     read_prompt,
     require_prompt,
 )
+from gearshift.rlhf.data.left_out import Drop, Encoded
 from gearshift.rlhf.data.sources import Record
 
 IGNORED = -100  # a target without a loss
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and its answers, EOS included; the lower the rank the better, equal ranks are ties."""
+    """A prompt and its answers, EOS included; the lower the rank the better, equal ranks are ties.
+
+    `margin`: see `ComparisonText`.
+    """
 
     prompt: list[int]
     completions: list[list[int]]
     ranks: list[float]
-
-
-@dataclass(frozen=True)
-class Encoded(Generic[Row]):
-    """The rows that were kept, how many were read, and how many were left out for which reason."""
-
-    rows: list[Row]
-    read: int
-    dropped: dict[str, int]
-
-    def describe(self) -> str:
-        """One line for the log: '5,843 of 6,000 rows; left out: 157 over data.max_tokens=64'."""
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        return f"{len(self.rows):,} of {self.read:,} rows" + (f"; left out: {left_out}" if left_out else "")
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,8 @@ class Encoder:
 
     `prompt_template` holds `{prompt}` once. With `chat_template`, prompts go through the tokenizer's own template
     instead, a text as one turn of the user. Without it a dialogue of several turns is written as in hh-rlhf.
-    `max_prompt_tokens` bounds a prompt, `max_tokens` a whole sequence; None is no bound.
+    `max_prompt_tokens` bounds a prompt, `max_tokens` a whole sequence; None is no bound. `on_bad_row`: a row that
+    cannot be read raises UserError ("error"), or is left out and counted ("skip").
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -108,6 +99,7 @@ class Encoder:
     chat_template: bool = False
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         if self.prompt_template.count("{prompt}") != 1:
@@ -123,12 +115,11 @@ class Encoder:
 
     def prompts(self, records: Sequence[Record]) -> Encoded[PromptRow]:
         """Prompts for rollouts, of at most `max_prompt_tokens`."""
-        texts = [self._render(read_prompt(record, self.keys)) for record in records]
-        drop = _Drop(records)
+        drop = Drop(len(records), self.on_bad_row == "skip")
         kept: list[PromptRow] = []
-        for record, text, tokens in zip(records, texts, self._encode_prompts(records, texts), strict=True):
-            if not self._long_prompt(drop, tokens):
-                kept.append(PromptRow(len(kept), tokens, text, record.fields, record.origin))
+        for row in self._read(records, lambda record: _Read(record, read_prompt(record, self.keys)), drop):
+            if not self._long_prompt(drop, row):
+                kept.append(PromptRow(len(kept), row.tokens, row.text, row.record.fields, row.origin))
         return drop.encoded(kept)
 
     def with_prefix(self, prompt: PromptRow, prefix: str) -> PromptRow:
@@ -141,15 +132,16 @@ class Encoder:
 
     def demonstrations(self, records: Sequence[Record]) -> Encoded[Demonstration]:
         """Prompts with an answer; the prompt and the whole sequence within their limits."""
-        texts = [read_demonstration(record, self.keys) for record in records]
-        prompts = self._encode_prompts(records, [self._render(text.prompt) for text in texts])
-        completions = self._encode_completions([text.completion for text in texts])
-        drop = _Drop(records)
-        kept = [
-            Demonstration(prompt, completion)
-            for prompt, completion in zip(prompts, completions, strict=True)
-            if not self._long_prompt(drop, prompt) and not self._long_sequence(drop, prompt, completion)
-        ]
+
+        def read(record: Record) -> _Read:
+            found = read_demonstration(record, self.keys)
+            return _Read(record, found.prompt, [found.completion])
+
+        drop = Drop(len(records), self.on_bad_row == "skip")
+        kept = []
+        for row in self._read(records, read, drop):
+            if not self._long_prompt(drop, row) and not self._long_sequence(drop, row):
+                kept.append(Demonstration(row.tokens, row.answers[0]))
         return drop.encoded(kept)
 
     def comparisons(self, records: Sequence[Record]) -> Encoded[Comparison]:
@@ -157,19 +149,21 @@ class Encoder:
 
         Answers that are the same, token for token, are one, at their mean rank.
         """
-        texts = [read_comparison(record, self.keys) for record in records]
-        prompts = self._encode_prompts(records, [self._render(text.prompt) for text in texts])
-        flat = iter(self._encode_completions([answer for text in texts for answer in text.completions]))
-        drop = _Drop(records)
+
+        def read(record: Record) -> _Read:
+            found = read_comparison(record, self.keys)
+            return _Read(record, found.prompt, found.completions, found.ranks, found.margin)
+
+        drop = Drop(len(records), self.on_bad_row == "skip")
         kept = []
-        for text, prompt in zip(texts, prompts, strict=True):
-            row = merged(Comparison(prompt, [next(flat) for _ in text.completions], text.ranks))
-            if self._long_prompt(drop, prompt) or self._long_sequence(drop, prompt, max(row.completions, key=len)):
+        for row in self._read(records, read, drop):
+            if self._long_prompt(drop, row) or self._long_sequence(drop, row):
                 continue
-            if not has_pair(row):
-                drop.because("without two different answers of different rank")
+            comparison = merged(Comparison(row.tokens, row.answers, row.ranks, row.margin))
+            if not has_pair(comparison):
+                drop.because("without two different answers of different rank", row.origin)
                 continue
-            kept.append(row)
+            kept.append(comparison)
         return drop.encoded(kept)
 
     def blocks(self, records: Sequence[Record]) -> Encoded[Block]:
@@ -180,11 +174,14 @@ class Encoder:
         if self.max_tokens is None:
             raise UserError("data.max_tokens: must be set for pretraining text, which is cut in blocks of that size")
         stream: array[int] = array("i")
-        bos = self._bos()
-        for tokens in self._encode([read_document(record, self.keys) for record in records]):
+        bos, drop, texts = self._bos(), Drop(len(records), self.on_bad_row == "skip"), []
+        for record in records:
+            with drop.broken():
+                texts.append(read_document(record, self.keys))
+        for tokens in self._encode(texts):
             stream.extend([*bos, *tokens, self.eos])
         cuts = range(0, len(stream) - 1, self.max_tokens)
-        return Encoded([Block(stream[at : at + self.max_tokens + 1]) for at in cuts], len(records), {})
+        return drop.encoded([Block(stream[at : at + self.max_tokens + 1]) for at in cuts])
 
     def _render(self, prompt: Prompt) -> str:
         if self.chat_template:
@@ -205,43 +202,53 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def _encode_prompts(self, records: Sequence[Record], texts: list[str]) -> list[list[int]]:
+    def _read(self, records: Sequence[Record], read: Callable[[Record], _Read], drop: Drop) -> Iterator[_Read]:
+        """The rows that can be used, text and tokens filled in; what else there is goes to `drop`."""
+        rows = []
+        for record in records:
+            with drop.broken():
+                row = read(record)
+                row.text = self._render(row.prompt)
+                require_prompt(row.origin, row.text)
+                rows.append(row)
         bos = [] if self.chat_template else self._bos()
-        prompts = [bos + tokens for tokens in self._encode(texts)]
-        for record, text, prompt in zip(records, texts, prompts, strict=True):
-            require_prompt(record.origin, text)
-            require_prompt(record.origin, prompt)  # a tokenizer may drop all of a text, such as spaces
-        return prompts
+        answers = iter(self._encode_completions([answer for row in rows for answer in row.completions]))
+        for row, tokens in zip(rows, self._encode([row.text for row in rows]), strict=True):
+            row.tokens, row.answers = bos + tokens, [next(answers) for _ in row.completions]
+            with drop.broken():
+                require_prompt(row.origin, row.tokens)  # a tokenizer may drop all of a text, such as spaces
+                yield row
 
     def _encode_completions(self, texts: list[str]) -> list[list[int]]:
         return [tokens if tokens[-1:] == [self.eos] else [*tokens, self.eos] for tokens in self._encode(texts)]
 
-    def _long_prompt(self, drop: _Drop, prompt: list[int]) -> bool:
+    def _long_prompt(self, drop: Drop, row: _Read) -> bool:
         limit = self.max_prompt_tokens
-        return limit is not None and len(prompt) > limit and drop.because(f"over data.max_prompt_tokens={limit}")
+        too_long = limit is not None and len(row.tokens) > limit
+        return too_long and drop.because(f"over data.max_prompt_tokens={limit}", row.origin)
 
-    def _long_sequence(self, drop: _Drop, prompt: list[int], completion: list[int]) -> bool:
+    def _long_sequence(self, drop: Drop, row: _Read) -> bool:
         limit = self.max_tokens
-        too_long = limit is not None and len(prompt) + len(completion) > limit
-        return too_long and drop.because(f"over data.max_tokens={limit}")
+        too_long = limit is not None and len(row.tokens) + max(map(len, row.answers)) > limit
+        return too_long and drop.because(f"over data.max_tokens={limit}", row.origin)
 
 
-class _Drop:
-    """Counts the rows that are left out, by reason."""
+@dataclass
+class _Read:
+    """What one record holds; `text`, `tokens` of the prompt and of the `answers` come when it is encoded."""
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records, self.reasons = records, dict[str, int]()
+    record: Record
+    prompt: Prompt
+    completions: list[str] = field(default_factory=list)
+    ranks: list[float] = field(default_factory=list)
+    margin: float = 0.0
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
 
-    def because(self, reason: str) -> bool:
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        return True
-
-    def encoded(self, kept: list[Row]) -> Encoded[Row]:
-        encoded = Encoded(kept, len(self.records), self.reasons)
-        if not kept:
-            first = self.records[0].origin if self.records else "no source"
-            raise UserError(f"no row of the data is left ({first} and on): {encoded.describe()}")
-        return encoded
+    @property
+    def origin(self) -> str:
+        return self.record.origin
 
 
 def merged(row: Comparison) -> Comparison:
@@ -249,7 +256,19 @@ def merged(row: Comparison) -> Comparison:
     ranks: dict[tuple[int, ...], list[float]] = {}
     for completion, rank in zip(row.completions, row.ranks, strict=True):
         ranks.setdefault(tuple(completion), []).append(rank)
-    return Comparison(row.prompt, [list(answer) for answer in ranks], [sum(own) / len(own) for own in ranks.values()])
+    means = [sum(own) / len(own) for own in ranks.values()]
+    return dataclasses.replace(row, completions=[list(answer) for answer in ranks], ranks=means)
+
+
+def split_in_pairs(row: Comparison) -> list[Comparison]:
+    """Every pair of answers of different rank as a comparison of its own, the better one first."""
+    every = range(len(row.ranks))
+    return [
+        Comparison(row.prompt, [row.completions[i], row.completions[j]], [0.0, 1.0], row.margin)
+        for i in every
+        for j in every
+        if row.ranks[i] < row.ranks[j]
+    ]
 
 
 def has_pair(row: Comparison) -> bool:

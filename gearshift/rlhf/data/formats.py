@@ -12,6 +12,7 @@ Wherever a text stands, a list of messages (`role`, `content`) may stand too. Fi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,6 +39,7 @@ class Keys:
     text: str = "text"
     inputs: str = "inputs"
     targets: str = "targets"
+    margin: str | None = None  # by how much `chosen` is better than `rejected`
     # What opens the assistant's turn in dialogues written as one text; cuts the prompt off `chosen` and `rejected`.
     turn: str = "\n\nAssistant:"
 
@@ -52,11 +54,15 @@ class DemonstrationText:
 
 @dataclass(frozen=True)
 class ComparisonText:
-    """A prompt and its answers; the lower the rank the better, equal ranks are ties."""
+    """A prompt and its answers; the lower the rank the better, equal ranks are ties.
+
+    `margin`: by how much the better answer of a pair is to be rewarded above the worse, in reward units.
+    """
 
     prompt: Prompt
     completions: list[str]
     ranks: list[float]
+    margin: float = 0.0
 
 
 def read_document(record: Record, keys: Keys) -> str:
@@ -98,7 +104,12 @@ def read_comparison(record: Record, keys: Keys) -> ComparisonText:
     """The row's prompt and ranked answers: K-wise if it has completions, else a pair."""
     if keys.completions in record.fields:
         return _read_ranked(record, keys)
-    return _read_pair(record, keys)
+    pair = _read_pair(record, keys)
+    if keys.margin is None or keys.margin not in record.fields:
+        return pair
+    value = record.fields[keys.margin]
+    margin = _number(record, value, f"field '{keys.margin}'", "a finite number of 0 or more", least=0.0)
+    return dataclasses.replace(pair, margin=margin)
 
 
 def _read_ranked(record: Record, keys: Keys) -> ComparisonText:
@@ -113,11 +124,8 @@ def _read_ranked(record: Record, keys: Keys) -> ComparisonText:
         if not isinstance(answer, dict) or "text" not in answer or "rank" not in answer:
             there = ", ".join(answer) if isinstance(answer, dict) else type(answer).__name__
             raise UserError(f"{record.origin}: {name} needs 'text' and 'rank'; it has: {there}")
-        rank = answer["rank"]
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-            raise UserError(f"{record.origin}: {name}.rank must be a finite number (lower is better), not {rank!r}")
         texts.append(_completion(record, answer["text"], f"{name}.text"))
-        ranks.append(float(rank))
+        ranks.append(_number(record, answer["rank"], f"{name}.rank", "a finite number (lower is better)"))
     return ComparisonText(prompt, texts, ranks)
 
 
@@ -227,6 +235,14 @@ def _text(record: Record, value: Any, key: str) -> str:
             f"{record.origin}: field '{key}' is not Unicode text: half a surrogate pair at character {error.start}"
         ) from error
     return value
+
+
+def _number(record: Record, value: Any, name: str, wanted: str, least: float = -math.inf) -> float:
+    """`value` as a finite number, at least `least`; the error says that it must be what is `wanted`."""
+    # 2**128, the end of fp32, also bounds the whole numbers that JSON has no limit for.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not max(least, -(2**128)) <= value < 2**128:
+        raise UserError(f"{record.origin}: {name} must be {wanted}, not {value!r:.60}")
+    return float(value)
 
 
 def _field(record: Record, key: str) -> Any:

@@ -33,10 +33,21 @@ OTHER_FILES = (
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it was read: its fields, and where it stood (`file:line`, lines counted from 1)."""
+    """One row as it was read, and where it stood (`file:line`, lines counted from 1).
 
-    fields: dict[str, Any]
+    `row`: its fields by name, or why it cannot be read. That is raised only where the fields are wanted, so that who
+    reads the rows decides what a broken one means.
+    """
+
+    row: dict[str, Any] | UserError
     origin: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Raises UserError for a row that could not be read."""
+        if isinstance(self.row, UserError):
+            raise self.row
+        return self.row
 
 
 def read_sources(sources: Sequence[str]) -> list[Record]:
@@ -45,7 +56,8 @@ def read_sources(sources: Sequence[str]) -> list[Record]:
     A source is a path ending in .jsonl, .jsonl.gz, .parquet or .txt (the whole file is one row with a `text` field),
     or a hub name: `owner/name`, `owner/name:split`, `owner/name/configuration:split` (split `train` if not said).
 
-    Raises UserError for a source that is missing, empty or cannot be parsed.
+    Raises UserError for a source that is missing, empty or cannot be read at all (a torn gzip or parquet file). A row
+    that cannot be parsed raises it when its fields are read.
     """
     if isinstance(sources, str):
         raise UserError(f"data sources must be a list, not the one text {sources!r}")
@@ -102,15 +114,21 @@ def _read_jsonl(lines: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[Record
         if not line.strip():
             continue
         origin = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{origin}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{origin}: is not valid JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{origin}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield Record(row, origin)
+        yield Record(_parsed(line, origin), origin)
+
+
+def _parsed(line: bytes, origin: str) -> dict[str, Any] | UserError:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return UserError(f"{origin}: is not UTF-8 text: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return UserError(f"{origin}: is not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        return UserError(f"{origin}: is JSON that cannot be read: {error}")
+    if not isinstance(row, dict):
+        return UserError(f"{origin}: a row must be a JSON object, this is a {type(row).__name__}")
+    return row
 
 
 def _read_text(path: Path) -> Iterator[Record]:
