@@ -34,7 +34,7 @@ from gearshift.rlhf.kl import KlController
 from gearshift.rlhf.language import language_loss, text_batches
 from gearshift.rlhf.reporting import Phases, Report
 from gearshift.rlhf.resuming import Saver, Stateful
-from gearshift.rlhf.rewards import Asked, Reward, load_reward
+from gearshift.rlhf.rewards import Asked, Reward, load_reward, mean_score
 from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
@@ -51,7 +51,7 @@ from gearshift.rlhf.setup import (
     tokenizer_of,
     training_of,
 )
-from gearshift.rlhf.supervised import evaluate
+from gearshift.rlhf.supervised import SCORE, evaluate
 
 
 @dataclass
@@ -207,12 +207,7 @@ class Ppo:
             found["loss/pretraining_heldout"] = float(sums["loss"])
         rows = self.data.held_out_prompts
         if rows:
-            own = rows[self.world.share(len(rows))]
-            with self.policy.rollout() as generator:
-                answers = generator.generate(collate_prompts(own or rows[:1]), self.sampling)
-            scores = self.reward_model.score(answers)[: len(own)]  # a rank without a prompt only took part
-            total = self.world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
-            found["validation/scores"] = float(total[0] / total[1])
+            found[SCORE] = mean_score(self.policy, self.reward_model, rows, self.sampling, self.world)
         return found
 
 
@@ -373,7 +368,7 @@ def ppo(config: PpoConfig, report: Report) -> None:
         if number == iterations or (every and number % every == 0):
             found = run.validate()
         report.log(number, metrics | before | found)
-        saver.after(number, found.get("validation/scores"))
+        saver.after(number, found.get(SCORE))
     saver.close()
     save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
     run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)
