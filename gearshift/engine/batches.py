@@ -48,11 +48,21 @@ class TokenBatch(Rows):
     def loss_count(self) -> Tensor:
         return (self.targets != -100).sum()
 
-    def trimmed(self) -> TokenBatch:
+    def trimmed(self) -> Self:
         """Without the columns after the last target: in a causal model nothing before them can see them."""
         wanted = (self.targets != -100).any(0).nonzero()
         width = int(wanted[-1]) + 1 if len(wanted) else 1
-        return TokenBatch(self.tokens[:, :width], self.targets[:, :width])
+        return type(self)(**{f.name: getattr(self, f.name)[:, :width] for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True)
+class PackedBatch(TokenBatch):
+    """Rows of several sequences one after another, none of which attends to another.
+
+    `positions [B, S]` int64: of each token in its own sequence; a sequence begins where they restart at 0.
+    """
+
+    positions: Tensor
 
 
 @dataclass(frozen=True)

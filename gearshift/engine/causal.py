@@ -10,10 +10,12 @@ from torch import Tensor
 from gearshift.engine.adapters import adapters_off
 from gearshift.engine.batches import Rollouts, response_targets
 from gearshift.engine.distributed import World
+from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
 from gearshift.engine.loading import load_module
 from gearshift.engine.settings import LoraSettings
 from gearshift.engine.zero import Training, ZeroModel
+from gearshift.errors import SettingError
 
 
 class CausalModel(ZeroModel):
@@ -32,11 +34,13 @@ class CausalModel(ZeroModel):
         seed: int = 0,
         deepspeed_extra: dict[str, Any] | None = None,
         lora: LoraSettings | None = None,
+        residual_dropout: float = 0.0,
         **more: Any,
     ) -> Self:
         """From a causal-LM folder or hub name, or from nothing with `init` "config" and a `transformers` config.
 
-        With `lora` the model is frozen and adapters beside its Linear layers train.
+        With `lora` the model is frozen and adapters beside its Linear layers train. `residual_dropout`: the rate, drawn
+        from `seed`, in `accumulate` alone.
         """
         from transformers import AutoModelForCausalLM
 
@@ -52,7 +56,9 @@ class CausalModel(ZeroModel):
             lora=lora,
         )
         bind_logprob_head(module)
-        return cls(
+        # Before DeepSpeed adds its own hooks, which then see what this one gives.
+        dropping = ResidualDropout(module, residual_dropout, seed, world) if residual_dropout else None
+        model = cls(
             module,
             world,
             training=training,
@@ -60,13 +66,47 @@ class CausalModel(ZeroModel):
             deepspeed_extra=deepspeed_extra,
             **more,
         )
+        model.dropout = dropping
+        return model
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """tokens, targets [B, S] -> log-probs [B, S] fp32 of the targets (0 where -100), entropy [B, S] or None."""
-        result = self.engine(tokens, targets=targets, temperature=temperature, entropy=entropy)
+        """tokens, targets [B, S] -> log-probs [B, S] fp32 of the targets (0 where -100), entropy [B, S] or None.
+
+        `positions [B, S]`: where rows hold several sequences each, see `PackedBatch`.
+        """
+        result = self.engine(tokens, targets=targets, temperature=temperature, entropy=entropy, positions=positions)
         return result[0], result[1] if entropy else None
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Two sequences in one row against each alone. Raises SettingError when one sees the other. Collective."""
+        first, second = 7, 9
+        tokens = torch.arange(first + second, device=self.world.device) * 31 % lm_head_of(self.module).out_features
+        targets = tokens.roll(-1)
+        positions = torch.cat([torch.arange(first), torch.arange(second)]).to(tokens.device)
+        parts = (slice(first), slice(first, None))
+        apart = [self.forward(tokens[None, part], targets[None, part])[0] for part in parts]
+        try:
+            packed = self.forward(tokens[None], targets[None], positions=positions[None])[0]
+        except TypeError:  # a family whose positions are not an argument
+            gap, bound = float("inf"), 0.0
+        else:
+            alone = torch.cat(apart, dim=1)
+            gap = float((packed - alone).abs().max())
+            bound = max(1.0, float(alone.abs().max())) * (1e-5 if self.dtype == torch.float32 else 2e-2)
+        if not gap <= bound:
+            raise SettingError(
+                "train.pack",
+                f"in a {type(self.module).__name__} sequences that share a row are not kept apart (log-probs differ by "
+                f"{gap:.2g}): leave it out",
+            )
 
     def response_logprobs(
         self, rollouts: Rollouts, temperature: float = 1.0, entropy: bool = False

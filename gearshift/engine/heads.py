@@ -67,10 +67,12 @@ class Reference:
 
 
 def bind_logprob_head(model: Any) -> None:
-    """Give a causal LM the forward `(tokens, targets, temperature, entropy, reference)`, all results `[B, S]` fp32.
+    """Give a causal LM the forward `(tokens, targets, temperature, entropy, reference, positions)`, all results
+    `[B, S]` fp32.
 
     It gives (log-probs,), or (log-probs, entropy) with `entropy`; with a `reference` (log-probs, the reference's
     log-probs, exact KL to it). With `hidden_states` instead of targets it gives those `[B, S, H]`.
+    `positions` are those of packed sequences (`PackedBatch`): `transformers` keeps them apart by where these restart.
     Called with none of these the model is what it was. Rows are right-padded and the model causal, so no attention mask
     is needed: what stands after a row's end cannot reach the positions before it.
     """
@@ -125,11 +127,13 @@ def bind_logprob_head(model: Any) -> None:
         entropy: bool = False,
         reference: Reference | None = None,
         hidden_states: bool = False,
+        positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if targets is None and not hidden_states:
             return own_forward(input_ids=input_ids, **kwargs)
-        hidden = backbone_of(self)(input_ids=input_ids, use_cache=False)[0]
+        packed = {} if positions is None else {"position_ids": positions}
+        hidden = backbone_of(self)(input_ids=input_ids, use_cache=False, **packed)[0]
         if targets is None:
             return hidden
         flat = head(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), temperature, entropy, reference)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.average import WeightAverage
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
+from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.saving import save_pretrained
 from gearshift.errors import NotFinite, UserError
 from gearshift.kernels import Loss
@@ -90,8 +91,10 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
 class ZeroModel:
     """A `transformers` model whose weights, gradients and optimizer state are cut over all ranks (ZeRO-3).
 
-    See `CausalModel` and `RewardModel`. Without `training` it is frozen.
+    See `CausalModel` and `RewardModel`. Without `training` it is frozen. `dropout`: what `accumulate` drops, if any.
     """
+
+    dropout: ResidualDropout | None = None
 
     def __init__(
         self,
@@ -160,14 +163,15 @@ class ZeroModel:
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         sums: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Rows]] = []
-        for micro, real in self._micro_batches(batch):
-            result = loss(self, micro, count.clamp(min=1.0).float())
-            seen.append((result.loss.detach(), micro))
-            # ZeRO-3 averages over ranks: times the world size gives the sum. A repeated micro-batch (a rank with
-            # fewer rows than others takes part in their collectives) adds nothing.
-            self.engine.backward(result.loss * (weight * self.world.size * real))
-            for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double() * real
+        with self.dropout.on(self.steps) if self.dropout else nullcontext():
+            for micro, real in self._micro_batches(batch):
+                result = loss(self, micro, count.clamp(min=1.0).float())
+                seen.append((result.loss.detach(), micro))
+                # ZeRO-3 averages over ranks: times the world size gives the sum. A repeated micro-batch (a rank with
+                # fewer rows than others takes part in their collectives) adds nothing.
+                self.engine.backward(result.loss * (weight * self.world.size * real))
+                for name, value in {"loss": result.loss, **result.metrics}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().double() * real
         summed = self._summed(sums)
         # The reduced loss is the same on every rank, so every rank stops, and before any weight has moved.
         if not torch.isfinite(summed["loss"]):

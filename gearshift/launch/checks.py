@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import TypeGuard
 
 from gearshift.engine.settings import check_attention_setting, check_shift
 from gearshift.errors import SettingError
@@ -51,12 +52,13 @@ def check(config: Config, ranks: int) -> None:
         _divides("train.batch_size", config.train.batch_size, ranks, f"the {ranks} ranks (run.ranks)")
     if isinstance(config, SftConfig):
         _check_pretraining_mix(config.train)
+        _check_choice(config)
     if isinstance(config, PpoConfig):
         _check_ppo_batches(config, ranks)
         _check_adaptive_kl(config)
         _check_advantage(config)
         _check_ptx(config)
-    if isinstance(config, PpoConfig | CompareConfig):
+    if isinstance(config, PpoConfig | CompareConfig) or _answers(config):
         _check_rollout(config, ranks)
     check_run_folder(config, ranks)
     if isinstance(config, CompareConfig):
@@ -171,7 +173,24 @@ def _check_ptx(config: PpoConfig) -> None:
         )
 
 
-def _check_rollout(config: PpoConfig | CompareConfig, ranks: int) -> None:
+def _answers(config: Config) -> TypeGuard[SftConfig]:
+    """Whether a supervised stage writes answers, to choose its checkpoint by their score."""
+    return isinstance(config, SftConfig) and config.train.best == "score"
+
+
+def _check_choice(config: SftConfig) -> None:
+    """What chooses the best checkpoint is there, and nothing is set that would choose nothing."""
+    if not _answers(config):
+        if config.reward.init is not None:
+            raise SettingError("reward.init", "only train.best: score reads it: set that, or leave it out")
+        return
+    if config.reward.init is None:
+        raise SettingError("reward.init", "needed with train.best: score: a reward model or module:function")
+    if not config.data.validation:
+        raise SettingError("data.validation", "needed with train.best: score: rows whose prompts are answered")
+
+
+def _check_rollout(config: PpoConfig | CompareConfig | SftConfig, ranks: int) -> None:
     if ranks % config.rollout.tp_size:
         fitting = numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
         raise SettingError(

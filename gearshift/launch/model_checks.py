@@ -16,7 +16,7 @@ from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
 from gearshift.launch.resume_checks import check_resume, check_start
 from gearshift.rlhf.compare_settings import SystemSettings
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, names_function
+from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, SftConfig, names_function
 
 
 def fails(field: str, problem: str | None) -> None:
@@ -62,7 +62,7 @@ def _inits(config: Config) -> Iterator[tuple[str, str]]:
     """Every field that names a model, and the folder or hub name; words such as config and reward left out."""
     for section, word in (("policy", "config"), ("reward", None), ("critic", "reward"), ("reference", "policy")):
         settings = getattr(config, section, None)
-        if settings is not None and settings.init != word and not names_function(settings.init):
+        if settings is not None and settings.init not in (None, word) and not names_function(settings.init):
             yield f"{section}.init", settings.init
     if isinstance(config, CompareConfig):
         for name, system in config.systems.items():
@@ -90,6 +90,9 @@ def check_models(config: Config, ranks: int) -> None:
         _check_reward(config)
     if isinstance(config, PretrainConfig):
         _check_trained(config)
+    if isinstance(config, SftConfig) and config.train.best == "score":
+        _check_writer("policy.init", config.policy.init, config, ranks)
+        _check_reward(config)
     if isinstance(config, PpoConfig):
         _check_writer("policy.init", config.policy.init, config, ranks)
         _check_reward(config)
@@ -112,9 +115,10 @@ def _check_system(name: str, system: SystemSettings, config: CompareConfig, rank
         raise SettingError(f"systems.{name}.{setting}", error.problem) from None
 
 
-def _check_reward(config: PpoConfig | CompareConfig) -> None:
+def _check_reward(config: PpoConfig | CompareConfig | SftConfig) -> None:
     """A reward model, or a function that can be found (its module is imported by the ranks only)."""
     reward = config.reward
+    assert reward.init is not None
     if isinstance(config, CompareConfig) and (names_function(reward.init) or reward.chat_template):
         raise SettingError(
             "reward.init" if names_function(reward.init) else "reward.chat_template",
@@ -161,7 +165,7 @@ def _check_trained(config: PretrainConfig) -> None:
         )
 
 
-def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, ranks: int) -> None:
+def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig | SftConfig, ranks: int) -> None:
     """A model that answers prompts: there, its heads divisible, with as many positions as prompt and answer need."""
     if init != "config":
         fails(field, folders.model_problem(init, classifier=False))
@@ -183,10 +187,9 @@ def _check_writer(field: str, init: str, config: PpoConfig | CompareConfig, rank
     if vocabulary and top_k and top_k > vocabulary:
         raise SettingError("rollout.top_k", f"{top_k} is more than the {vocabulary} tokens of {init}: leave it out")
     positions = config_number(model, "max_position_embeddings", "n_positions")
-    if positions and (config.ptx.data or config.ptx.validation) and config.ptx.max_tokens > positions:
-        raise SettingError(
-            "ptx.max_tokens", f"{config.ptx.max_tokens} is more than the {positions} positions of {init}"
-        )
+    ptx = None if isinstance(config, SftConfig) else config.ptx
+    if positions and ptx is not None and (ptx.data or ptx.validation) and ptx.max_tokens > positions:
+        raise SettingError("ptx.max_tokens", f"{ptx.max_tokens} is more than the {positions} positions of {init}")
     if positions and prompt + response > positions:
         raise SettingError(
             "rollout.max_new_tokens",
@@ -258,7 +261,8 @@ def _check_tokens(config: Config) -> None:
     for field, init in _inits(config):
         fails(field, folders.vocabulary_problem(init))
         other = field != "policy.init" and folders.same_vocabulary(tokenizer, init) is False
-        reads_text = field == "reward.init" and isinstance(config, PpoConfig) and not config.critic_is_reward
+        starts_critic = isinstance(config, PpoConfig) and config.critic_is_reward
+        reads_text = field == "reward.init" and not starts_critic and not isinstance(config, CompareConfig)
         if other and not reads_text:
             raise SettingError(*_other_tokens(config, field, init, tokenizer))
         fails(field, folders.room_problem(init, init if other else tokenizer))

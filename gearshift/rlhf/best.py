@@ -1,35 +1,53 @@
-"""The best model of a run by its validation, kept apart from the run's newest and from the rotation of checkpoints."""
+"""The model with the best validation so far, kept apart from the newest one: RUN/best/model."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gearshift.engine import World
+from gearshift.rlhf.reporting import Report
+
+FOLDER = "best"
 
 
-class BestModel:
-    """RUN/best/: `model/`, and `best.json` with its step and score. Its state goes with a checkpoint."""
+class Best:
+    """A part of a run that a checkpoint holds: which step's model is in RUN/best, and its score (higher is better).
 
-    def __init__(self, run_folder: Path):
-        self.folder = run_folder / "best"
+    `save(folder)` writes the model under RUN/best, as a folder that `from_pretrained` loads. Collective.
+    """
+
+    def __init__(self, run_folder: str, world: World, report: Report, save: Callable[[str], None], *, resumes: bool):
+        """Unless the run `resumes` one, an earlier run's best model goes: it is not this one's. Collective."""
+        self.folder, self.world, self.report, self._save = Path(run_folder) / FOLDER, world, report, save
         self.step: int | None = None
-        self.score: float | None = None
+        self.score = float("-inf")
+        with world.main_first():
+            if world.is_main and not resumes and (self.folder / "best.json").exists():
+                shutil.rmtree(self.folder)
+
+    def offer(self, step: int, score: float) -> bool:
+        """Keep the model as it is after `step`, if no earlier one had such a score. Collective."""
+        if not score > self.score:
+            return False
+        self.step, self.score = step, score
+        self._save(str(self.folder))
+        with self.world.main_first():
+            if self.world.is_main:
+                (self.folder / "best.json").write_text(json.dumps(self.state()) + "\n", encoding="utf-8")
+        return True
 
     def state(self) -> Any:
-        """What a checkpoint holds of it."""
-        return {"step": self.step, "score": self.score}
+        return {"step": self.step, "score": self.score if self.step is not None else None}
 
     def set_state(self, state: Any) -> None:
+        """As `state` gave it. A run that goes on in another folder, without that model, looks for a best one anew."""
+        if state["step"] is None:
+            return
+        if not (self.folder / "best.json").exists():
+            self.report.say(f"best         the model of step {state['step']} is not in {self.folder}: looked for anew")
+            return
         self.step, self.score = state["step"], state["score"]
-
-    def improves(self, score: float) -> bool:
-        """Whether `score` is above all that were taken."""
-        return self.score is None or score > self.score
-
-    def take(self, step: int, score: float, world: World) -> None:
-        """The model of `step` has been written to `folder`."""
-        self.step, self.score = step, score
-        if world.is_main:
-            (self.folder / "best.json").write_text(json.dumps(self.state()) + "\n", encoding="utf-8")

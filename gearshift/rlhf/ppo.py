@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from gearshift.engine.memory import peak_bytes
 from gearshift.engine.zero import Schedule, ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
-from gearshift.rlhf.best import BestModel
+from gearshift.rlhf.best import Best
 from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Encoder, PromptRow
 from gearshift.rlhf.data.sampling import Sampler, rank_part
@@ -56,7 +55,7 @@ from gearshift.rlhf.setup import (
     tokenizer_of,
     training_of,
 )
-from gearshift.rlhf.supervised import evaluate
+from gearshift.rlhf.supervised import SCORE, evaluate
 
 
 @dataclass
@@ -224,14 +223,15 @@ class Ppo:
         self.report.say(f"ppo.stop.entropy: {entropy:.3g} nats per response, bound {least:g}: the run ends here")
         return True
 
-    def keep_best(self, best: BestModel, number: int, found: dict[str, float]) -> None:
-        """`found`: what a validation gave, if there was one. Collective."""
-        score, limit = found.get("validation/scores"), self.config.ppo.best_kl
-        if score is None or (limit is not None and found["validation/kl"] > limit) or not best.improves(score):
-            return
+    def near_reference(self, found: dict[str, float]) -> bool:
+        """Whether a validation's KL allows the policy to be the best one (`ppo.best_kl`)."""
+        limit = self.config.ppo.best_kl
+        return limit is None or found["validation/kl"] <= limit
+
+    def save(self, folder: str) -> None:
+        """`folder`/model, of the averaged weights where they are kept. Collective."""
         with self.policy.averaged():
-            save_policy(self.policy, str(best.folder), self.config.policy, self.data.tokenizer)
-        best.take(number, score, self.world)
+            save_policy(self.policy, folder, self.config.policy, self.data.tokenizer)
 
     def timings(self, phases: Phases, episodes: Episodes) -> dict[str, float]:
         """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
@@ -296,7 +296,7 @@ class Ppo:
             kl = ((answers.logprobs - ref_logprobs) * answers.mask).sum(1)
             both = torch.stack([scores, kl, torch.ones_like(scores)])[:, : len(own)]  # others only took part
             total = self.world.sum(both.double().sum(1))
-            found["validation/scores"], found["validation/kl"] = float(total[0] / total[2]), float(total[1] / total[2])
+            found[SCORE], found["validation/kl"] = float(total[0] / total[2]), float(total[1] / total[2])
         return found
 
 
@@ -474,7 +474,7 @@ def ppo(config: PpoConfig, report: Report) -> None:
     trained: dict[str, ZeroModel] = {"policy": run.policy}
     if run.critic is not None:
         trained["critic"] = run.critic
-    best = BestModel(Path(config.run.folder))
+    best = Best(config.run.folder, world, report, run.save, resumes=config.checkpoint.resumes)
     parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl, "scores": run.shaper, "best": best}
     saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
@@ -485,12 +485,12 @@ def ppo(config: PpoConfig, report: Report) -> None:
         if ends or (every and number % every == 0):
             found = run.validate()
         report.log(number, metrics | before | found)
-        run.keep_best(best, number, found)
-        saver.after(number, found.get("validation/scores"))
+        if SCORE in found and run.near_reference(found):
+            best.offer(number, found[SCORE])
+        saver.after(number, found.get(SCORE))
         if ends:
             break
     saver.close()
-    with run.policy.averaged():
-        save_policy(run.policy, config.run.folder, config.policy, data.tokenizer)
+    run.save(config.run.folder)
     if run.critic is not None:
         run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gearshift.engine import RewardModel, Rollouts, World
+from gearshift.engine import HybridEngine, RewardModel, Rollouts, Sampling, World
 from gearshift.engine.classifier import Classifier, Texts
 from gearshift.errors import SettingError, UserError, one_line
+from gearshift.rlhf.data.batches import collate_prompts
 from gearshift.rlhf.data.encoding import PromptRow
 from gearshift.rlhf.data.formats import Keys, Prompt, read_prompt
 from gearshift.rlhf.data.sources import Record
@@ -104,6 +105,18 @@ def reward_tokenizer(settings: RewardSettings) -> Any:
         raise SettingError("reward.chat_template", f"is on, but the tokenizer of {settings.init} has no chat template")
     require_room(tokenizer, settings.init, "reward.init")
     return tokenizer
+
+
+def mean_score(
+    policy: HybridEngine, reward: Reward, prompts: Sequence[PromptRow], sampling: Sampling, world: World
+) -> float:
+    """Mean score of one answer to each of the prompts, which every rank holds. Collective."""
+    own = prompts[world.share(len(prompts))]
+    with policy.rollout() as generator:
+        answers = generator.generate(collate_prompts(own or prompts[:1]), sampling)
+    scores = reward.score(answers)[: len(own)]  # a rank without a prompt only took part
+    total = world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
+    return float(total[0] / total[1])
 
 
 class RetokenizedReward:

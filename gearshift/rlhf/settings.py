@@ -59,6 +59,13 @@ class PolicySettings(Section):
     )
 
 
+class ChoosingRewardSettings(Section):
+    """What scores the answers that choose a checkpoint."""
+
+    init: str | None = Field(None, description="train.best: score: as reward.init of gearshift ppo; null: none")
+    chat_template: bool = Field(False, description="As in gearshift ppo")
+
+
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -131,6 +138,8 @@ class SftConfig(PretrainConfig):
     """Supervised fine-tuning on demonstrations."""
 
     train: SftTrainSettings = SftTrainSettings()
+    reward: ChoosingRewardSettings = ChoosingRewardSettings()
+    rollout: RolloutSettings = RolloutSettings()
 
 
 class RewardConfig(PretrainConfig):

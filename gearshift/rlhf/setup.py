@@ -160,6 +160,17 @@ def text_blocks(field: str, sources: list[str], encoder: Encoder, report: Report
     return encoded.rows
 
 
+def rollout_of(rollout: RolloutSettings) -> dict[str, Any]:
+    """What a model that answers is loaded with."""
+    return {
+        "tp_size": rollout.tp_size,
+        "slots": rollout.slots,
+        "bucket_bytes": rollout.bucket_mb << 20,
+        "keep_weights": rollout.keep_weights,
+        "offload_optimizer": rollout.offload_optimizer,
+    }
+
+
 def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS, and what the model's generation config adds (chat models)."""
     more = module.generation_config.eos_token_id

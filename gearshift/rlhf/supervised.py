@@ -10,10 +10,12 @@ from torch import Tensor
 
 from gearshift.engine import Rows
 from gearshift.engine.zero import LossFunction, ZeroModel
+from gearshift.rlhf.best import Best
 from gearshift.rlhf.guards import stopping
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.resuming import Saver
 
+SCORE = "validation/scores"  # where a validation has it, it says how good a model is; else its loss does
 Validate = Callable[[], dict[str, float]]
 
 
@@ -26,11 +28,13 @@ def fit(
     validate: Validate,
     validate_every: int,
     saver: Saver,
+    best: Best | None = None,
 ) -> dict[str, float]:
     """`steps` optimizer steps of one batch each; returns the last validation's metrics.
 
     `batches` yields this rank's rows of each global batch. `validate` runs every `validate_every` steps (0: only at
-    the end) and always after the last. The run goes on from where `saver` is, which saves it as it goes.
+    the end) and always after the last; `best` keeps the model that did best in it. The run goes on from where
+    `saver` is, which saves it as it goes.
     """
     found: dict[str, float] = {}
     for step in range(saver.done + 1, steps + 1):
@@ -53,7 +57,10 @@ def fit(
             found = validate()
             metrics.update(found)
         report.log(step, metrics)
-        saver.after(step, -found["loss/validation"] if validated and found else None)
+        score = found.get(SCORE, -found["loss/validation"]) if validated and found else None
+        if best is not None and score is not None:
+            best.offer(step, score)
+        saver.after(step, score)
     saver.close()
     return found
 

@@ -44,6 +44,24 @@ class SftTrainSettings(TrainSettings):
     )
     pretraining: Sources = Field([], description="Sources of that text")
 
+    residual_dropout: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share dropped of what each attention and feed-forward block puts out, in training steps alone "
+        "(InstructGPT C.1: 0.2); 0: none",
+    )
+    pack: bool = Field(
+        False,
+        description="Several sequences in one row of up to data.max_tokens, none of which attends to another: the same "
+        "loss from fewer padded tokens; micro_batch_size then counts such rows",
+    )
+    best: Literal["loss", "score"] = Field(
+        "loss",
+        description="What chooses best/model among the validations: the lowest loss, or the highest mean score by "
+        "reward.init of answers to the prompts of data.validation (InstructGPT C.1: the score)",
+    )
+
 
 class RewardTrainSettings(TrainSettings):
     """And what is the reward model's alone."""

@@ -187,6 +187,27 @@ def test_a_reward_model_that_reads_other_tokens_cannot_start_the_critic(here: Pa
     assert "reward.chat_template: the tokenizer of foreign has no chat template" in told
 
 
+def test_sft_that_chooses_by_score_is_checked_as_what_answers(here: Path) -> None:
+    """Its reward may read other tokens or be a function; its rollouts must fit, and there must be prompts."""
+
+    def chosen(**settings: Any) -> dict[str, Any]:
+        values = example("sft")
+        given = {"train__best": "score", "reward__init": "reward", "data__validation": "answers.jsonl"}
+        for key, value in {**given, "rollout__max_new_tokens": 8, **settings}.items():
+            values = changed(values, key.replace("__", "."), value)
+        return values
+
+    model_folder(here / "foreign", {"a": 0}, architectures=["LlamaForSequenceClassification"])
+    for init in ("reward", "foreign", "gearshift.rlhf.rewards:load_function"):
+        load("sft", write(chosen(reward__init=init)), ranks=2)
+    assert "data.validation: needed with train.best: score" in error_of("sft", chosen(data__validation=[]))
+    assert "rollout.tp_size: 3 does not divide the 2 ranks" in error_of("sft", chosen(rollout__tp_size=3))
+    assert "reward.init: there is no model folder none" in error_of("sft", chosen(reward__init="none"))
+    model_folder(here / "short", max_position_embeddings=1030)
+    short = chosen(policy__init="short", data__max_tokens=64)
+    assert "rollout.max_new_tokens: 8, with data.max_prompt_tokens = 1024" in error_of("sft", short)
+
+
 def test_a_function_as_the_reward(here: Path) -> None:
     name = "gearshift.rlhf.rewards:load_function"
     assert f"critic.init: reward.init {name} is a function" in error_of("ppo", ppo_with(reward__init=name))

@@ -78,6 +78,9 @@ def test_a_resumed_stage_is_the_same_stage(two_ranks: WorkerGroup, tmp_path: Pat
     manifest = Manifest.read(step)
     assert manifest.state["rows"] == SAVED * (3 if command == "sft" else 4)
     assert manifest.score == -whole.metrics[SAVED - 1]["loss/validation"]
+    if command == "sft":
+        assert manifest.state["best"] == {"step": SAVED, "score": manifest.score}
+        assert any(f"the model of step {SAVED} is not in {tmp_path / 'again/best'}" in line for line in report.lines)
 
 
 def signalled(world: World, values: dict[str, Any], at: int) -> str:
@@ -106,6 +109,9 @@ def test_a_signal_to_one_rank_saves_on_all(two_ranks: WorkerGroup, tmp_path: Pat
     resumed = two_ranks.run(run_stage, "sft", changed(values, checkpoint={"resume": "auto"}))[0]
     assert without_clocks(resumed.metrics) == without_clocks(metrics[3:])
     assert weights(tmp_path / "data/run") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "data/run/best") == weights(tmp_path / "whole/best") != {}
+    best = (tmp_path / "data/run/best/best.json").read_text()
+    assert best == (tmp_path / "whole/best/best.json").read_text()
 
 
 def lines_of_resume(world: World, values: dict[str, Any]) -> tuple[int, list[str]]:
@@ -124,7 +130,8 @@ def test_a_damaged_newest_checkpoint_is_told_and_passed_over(two_ranks: WorkerGr
     values = changed(stage_values("sft", tmp_path / "data"), train={"epochs": 3})
     run, whole = tmp_path / "data/run", tmp_path / "whole"
     two_ranks.run(run_stage, "sft", values)
-    shutil.copytree(run / "model", whole / "model")
+    for name in ("model", "best"):
+        shutil.copytree(run / name, whole / name)
     *_, before, last = sorted((run / "checkpoints").glob("step-*"))
     damaged = next(last.glob("model/*rank_1*optim_states.pt"))
     flip(damaged, 5000)

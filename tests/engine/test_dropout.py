@@ -1,0 +1,98 @@
+"""Residual dropout: in training steps alone, and the same whenever a step is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gearshift.engine import CausalModel, TokenBatch, Training, World
+from gearshift.engine.dropout import ResidualDropout, residual_blocks
+from gearshift.engine.loading import build_on_meta
+from gearshift.errors import SettingError
+from gearshift.rlhf.language import language_loss
+from tests.models import FAMILIES, MORE_FAMILIES, SIZES, save_tiny, tiny_config
+from tests.worker_group import WorkerGroup
+
+
+def one_world() -> World:
+    return World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_every_layer_of_every_family_has_its_two_blocks(family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = build_on_meta(AutoModelForCausalLM, tiny_config(family), torch.float32)
+    assert len(residual_blocks(model)) == 2 * SIZES["num_hidden_layers"]
+
+
+def test_layers_of_an_unknown_form_are_refused() -> None:
+    with pytest.raises(SettingError, match="where the blocks of a Sequential lie is not known"):
+        ResidualDropout(nn.Sequential(nn.Linear(2, 2)), 0.2, 0, one_world())
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Pair(), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 10 * self.self_attn(x)[0] + 100 * self.mlp(x)
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return x, "weights"
+
+
+def test_a_share_of_each_block_s_output_is_dropped_and_the_rest_scaled() -> None:
+    """Both blocks, apart from each other; the stream itself is left alone, and so is all outside of a step."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer()])
+    dropping, ones = ResidualDropout(model, 0.2, 7, one_world()), torch.ones(100_000)
+    with dropping.on(3):
+        first = model.layers[0](ones)
+    assert {round(float(v), 3) for v in first.unique()} == {1.0, 13.5, 126.0, 138.5}  # 1 + 12.5 a + 125 b
+    attention, feed_forward = ((first % 25) > 10).float(), (first > 100).float()
+    for kept in (attention, feed_forward):
+        assert float(kept.mean()) == pytest.approx(0.8, abs=0.005)
+    assert float((attention * feed_forward).mean()) == pytest.approx(0.64, abs=0.006)
+    assert torch.equal(model.layers[0](ones), 111 * ones)
+    state = torch.get_rng_state()
+    with dropping.on(3):
+        assert torch.equal(model.layers[0](ones), first)
+    with dropping.on(4):
+        assert not torch.equal(model.layers[0](ones), first)
+    assert torch.equal(torch.get_rng_state(), state), "nothing else that is random may depend on it"
+
+
+def losses(world: World, folder: str, rate: float, seed: int) -> dict[str, Any]:
+    training = Training(learning_rate=0.0, optimizer="sgd")
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=2, training=training, seed=seed, residual_dropout=rate
+    )
+    tokens = torch.arange(60).view(6, 10) % SIZES["vocab_size"]
+    batch = TokenBatch(tokens, tokens.roll(-1, 1)).select(world.share(6))
+    found: dict[str, Any] = {"steps": []}
+    for _ in range(2):
+        found["evaluated"] = float(model.evaluate(language_loss, batch)["loss"])
+        torch.rand(3)  # what else draws numbers must not matter
+        found["steps"].append(float(model.accumulate(language_loss, batch)["loss"]))
+        model.step()
+    model.steps = 0
+    found["again"] = float(model.accumulate(language_loss, batch)["loss"])
+    return found
+
+
+def test_only_training_steps_drop_and_each_step_drops_the_same(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("gpt2", tmp_path / "gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
+    plain = two_ranks.run(losses, folder, 0.0, 1)[0]
+    assert plain["steps"] == [plain["evaluated"]] * 2, "the family's own dropout is off"
+    found, other = (two_ranks.run(losses, folder, 0.2, seed)[0] for seed in (1, 2))
+    assert found["evaluated"] == plain["evaluated"]
+    assert len({plain["evaluated"], *found["steps"], *other["steps"]}) == 5
+    assert found["again"] == found["steps"][0]
