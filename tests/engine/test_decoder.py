@@ -226,18 +226,29 @@ def test_rows_that_are_not_there_write_where_nobody_reads(recording: None) -> No
 
 
 class Failing(Recording):
+    """From the recording after `works` on, in the middle of it."""
+
+    works = 0
+
     def record(self, step: Callable[[], None]) -> Callable[[], Any]:
+        if Recording.made < self.works:
+            return super().record(step)
         step()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
 
-def test_without_recordings_when_none_can_be_made(recording: None, capsys: pytest.CaptureFixture[str]) -> None:
-    replica = replica_of("llama", Failing)
-    sampling = Sampling(8, eos_ids=())
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_without_recordings_when_one_cannot_be_made(
+    recording: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], works: int
+) -> None:
+    """The step at which that is found out included, whatever the attempt has written."""
+    monkeypatch.setattr(Failing, "works", works)
+    replica, plain = replica_of("llama", Failing), replica_of("llama")
+    replica.cache.block = 4
+    sampling = Sampling(20, eos_ids=())
     for _ in range(2):
-        same(
-            roll_out(replica, some_prompts(5), sampling, 2), roll_out(replica_of("llama"), some_prompts(5), sampling, 2)
-        )
+        same(roll_out(replica, some_prompts(5), sampling, 2), roll_out(plain, some_prompts(5), sampling, 2))
+    assert Recording.made == works
     assert not replica.decoder.records
     assert capsys.readouterr().err == (
         "gearshift: LlamaForCausalLM: decoding goes on without CUDA graphs: operation not permitted when stream is "
