@@ -123,10 +123,11 @@ class Decoder:
             self._begin()
         n = len(feed.tokens)
         size = self._size(n, longest + 1, sampling)
-        self._feed[:, :n] = torch.stack(feed)
+        given = torch.stack(feed)  # of which the tokens may be the last results, which recording writes over
+        self._feed[:, :n] = given
         self._feed[Feed._fields.index("positions"), n : size.rows] = -1
         if size not in self._table and not self._record(size, sampling):
-            return decode_step(self._replica, sampling, feed, longest + 1)
+            return decode_step(self._replica, sampling, Feed(*given), longest + 1)
         self._table[size]()
         return self._tokens[:n], self._logprobs[:n]
 

@@ -19,6 +19,10 @@ from gearshift.engine.settings import check_shift
 from gearshift.engine.sharded import check_shards, held_names, zero_shards
 from gearshift.engine.shift import Shift
 
+# A larger cache of keys and values is not worth its memory in training: to capture its graphs again takes little of the
+# time of a rollout that fills it.
+KEPT_CACHE_BYTES = 4 << 30
+
 
 class HybridEngine(CausalModel):
     """A ZeRO-3 causal LM that can `rollout()`: shift into a tensor-parallel replica and generate with it.
@@ -28,7 +32,7 @@ class HybridEngine(CausalModel):
     weights and the shift's buffers stay in memory between rollouts, at the same addresses; `offload_optimizer`: the
     optimizer's state lies in host memory during rollouts; `attention`: of decoding, "sdpa" or "flash" (flash-attn);
     `cuda_graphs`: on a GPU, steps of decoding are captured, and with `keep_weights` replayed in later rollouts too,
-    for which the cache of keys and values is kept as well.
+    for which the cache of keys and values is kept as well, if it takes no more than `KEPT_CACHE_BYTES`.
 
     Of the last rollout: `shift_seconds` (0 where the replica had the newest weights already), `allocation_seconds` for
     the memory of weights that had not been kept, `capture_seconds` for capturing CUDA graphs, `offload_seconds` for the
@@ -83,9 +87,15 @@ class HybridEngine(CausalModel):
             finally:
                 generator.close()
                 self.capture_seconds = replica.decoder.seconds
-                if not (self.keep_weights and replica.decoder.records):
-                    replica.decoder.forget()
-                    replica.cache.free()
+                self._leave_cache(replica)
+
+    def _leave_cache(self, replica: Replica) -> None:
+        """Free the keys and values, and the graphs that read them, unless these are to be replayed again. Ranks that
+        replay graphs together decide alike: their caches are of one size."""
+        replays = self.keep_weights and replica.decoder.records
+        if not (replays and replica.cache.held_bytes <= KEPT_CACHE_BYTES):
+            replica.decoder.forget()
+            replica.cache.free()
 
     @contextmanager
     def _optimizer_aside(self) -> Iterator[None]:

@@ -94,7 +94,7 @@ class RolloutSettings(Section):
     cuda_graphs: bool = Field(
         True,
         description="On a GPU, decoding is replayed from CUDA graphs; with keep_weights these stay in memory between "
-        "rollouts, and so does the cache of keys and values",
+        "rollouts, and so does the cache of keys and values, up to 4 GiB",
     )
     offload_optimizer: bool = Field(
         False, description="Optimizer state (fp32 weights, moments) moves to host memory for the time of a rollout"

@@ -23,7 +23,7 @@ class Recording:
     """Records as `CudaGraphs` does: a first run, one that is recorded, and a replay that no Python code takes part in.
 
     Every operation reads and writes the tensors of the recorded run, at their addresses. Raises RuntimeError, as CUDA
-    would, when the host asks for a value. `made`: how many recordings all of them have made.
+    would, when the host asks for a value. `made`: how many recordings there have been.
     """
 
     made = 0
@@ -32,8 +32,17 @@ class Recording:
         step()
         with _Log() as log:
             step()
-        type(self).made += 1
+        Recording.made += 1
         return log.replay
+
+
+class Again(Recording):
+    """Runs the step as it is each time: for sums over ranks, which a recording here would not see."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], Any]:
+        step()
+        Recording.made += 1
+        return step
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gearshift.engine.generator import Generator
 from gearshift.engine.replica import Replica
 from gearshift.errors import SettingError, UserError
 from gearshift.kernels import FlashKernel
-from tests.engine.recording import Recording, torch_only
+from tests.engine.recording import Again, Recording, torch_only
 from tests.engine.simulated import on_ranks
 from tests.kernels.flash import flash_attn_with_kvcache
 from tests.models import tiny_config
@@ -226,18 +226,29 @@ def test_rows_that_are_not_there_write_where_nobody_reads(recording: None) -> No
 
 
 class Failing(Recording):
+    """From the recording after `works` on, in the middle of it."""
+
+    works = 0
+
     def record(self, step: Callable[[], None]) -> Callable[[], Any]:
+        if Recording.made < self.works:
+            return super().record(step)
         step()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
 
-def test_without_recordings_when_none_can_be_made(recording: None, capsys: pytest.CaptureFixture[str]) -> None:
-    replica = replica_of("llama", Failing)
-    sampling = Sampling(8, eos_ids=())
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_without_recordings_when_one_cannot_be_made(
+    recording: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], works: int
+) -> None:
+    """The step at which that is found out included, whatever the attempt has written."""
+    monkeypatch.setattr(Failing, "works", works)
+    replica, plain = replica_of("llama", Failing), replica_of("llama")
+    replica.cache.block = 4
+    sampling = Sampling(20, eos_ids=())
     for _ in range(2):
-        same(
-            roll_out(replica, some_prompts(5), sampling, 2), roll_out(replica_of("llama"), some_prompts(5), sampling, 2)
-        )
+        same(roll_out(replica, some_prompts(5), sampling, 2), roll_out(plain, some_prompts(5), sampling, 2))
+    assert Recording.made == works
     assert not replica.decoder.records
     assert capsys.readouterr().err == (
         "gearshift: LlamaForCausalLM: decoding goes on without CUDA graphs: operation not permitted when stream is "
@@ -245,24 +256,18 @@ def test_without_recordings_when_none_can_be_made(recording: None, capsys: pytes
     )
 
 
-class Twice:
-    """Records nothing: a capture does not run the sums over the group that a recording of these threads would."""
-
-    def record(self, step: Callable[[], None]) -> Callable[[], Any]:
-        step()
-        return step
-
-
 def test_all_ranks_go_on_without_recordings_when_one_fails(
     recording: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else some would replay a sum over the group that the others never start."""
 
+    replicas = [replica_of("llama"), replica_of("llama")]  # not by the threads: accelerate's way is not made for them
+
     def on(group: Any) -> tuple[bool, bool]:
-        replica = replica_of("llama")
+        replica = replicas[group.rank]
         replica.group = group
         replica.cache.reset(1, 8)
-        replica.decoder = Decoder(replica, ALONE.device, Failing if group.rank == 1 else Twice)
+        replica.decoder = Decoder(replica, ALONE.device, Failing if group.rank == 1 else Again)
         monkeypatch.setattr(replica, "hidden", lambda tokens, positions: torch.zeros(len(tokens), 1, 32))
         one = torch.zeros(1, dtype=torch.int64)
         before = replica.decoder.records

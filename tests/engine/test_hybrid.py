@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from gearshift.engine import HybridEngine, Prompts, Rollouts, Sampling, Training, World
-from tests.engine.recording import Recording, torch_only
+from gearshift.engine import HybridEngine, Prompts, Rollouts, Sampling, Training, World, hybrid
+from tests.engine.recording import Again, Recording, torch_only
 from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
 
@@ -162,15 +163,15 @@ def test_bf16_mean_gap(two_ranks: WorkerGroup, tmp_path: Path, tp_size: int, slo
     assert max(two_ranks.run(bf16_gap, folder, tp_size, slots)) < 0.02
 
 
-def record(world: World, folder: str, keep_weights: bool) -> dict[str, Any]:
+def record(world: World, folder: str, tp_size: int, keep_weights: bool, kept_bytes: int) -> dict[str, Any]:
     """Two rollouts with a step between them, of steps that are recorded and of steps that are not."""
     sampling = Sampling(12, eos_ids=(2,), seed=5)
     mine = some_prompts(6).select(world.share(6))
     found: dict[str, Any] = {"made": [], "seconds": [], "cache": [], "answers": []}
     training = Training(learning_rate=1e-2, optimizer="sgd")
-    plain, policy = (_policy(world, folder, 1, training, slots=2, keep_weights=keep_weights) for _ in range(2))
-    policy._recorder = Recording
-    with torch_only():
+    plain, policy = (_policy(world, folder, tp_size, training, slots=2, keep_weights=keep_weights) for _ in range(2))
+    policy._recorder = Recording if tp_size == 1 else Again
+    with torch_only(), patch.object(hybrid, "KEPT_CACHE_BYTES", kept_bytes):
         for _ in range(2):
             Recording.made = 0
             for model in (plain, policy):
@@ -187,18 +188,25 @@ def record(world: World, folder: str, keep_weights: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("keep_weights", [True, False])
+# 2 rows of 256 positions of 256 bytes each; of 128 with TP 2.
+@pytest.mark.parametrize(
+    ("tp_size", "keep_weights", "kept_bytes"),
+    [(1, True, 1 << 17), (1, True, (1 << 17) - 1), (1, False, 1 << 17), (2, True, 1 << 16)],
+)
 def test_recorded_steps_are_used_again_with_weights_that_are_kept(
-    two_ranks: WorkerGroup, tmp_path: Path, keep_weights: bool
+    two_ranks: WorkerGroup, tmp_path: Path, tp_size: int, keep_weights: bool, kept_bytes: int
 ) -> None:
-    """With the weights of the next step too, and the same cache; else they are recorded in every rollout anew."""
-    for found in two_ranks.run(record, str(save_tiny("llama", tmp_path / "llama")), keep_weights):
+    """With the weights of the next step too, and the same cache, unless that is large; else they are recorded in every
+    rollout anew."""
+    kept = keep_weights and kept_bytes == (1 << 17) // tp_size
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    for found in two_ranks.run(record, folder, tp_size, keep_weights, kept_bytes):
         first, again = found["made"]
         assert first > 0
-        assert again == (0 if keep_weights else first)
-        assert [seconds > 0 for seconds in found["seconds"]] == [True, not keep_weights]
+        assert again == (0 if kept else first)
+        assert [seconds > 0 for seconds in found["seconds"]] == [True, not kept]
         assert found["plain"] == 0
-        assert [held > 0 for held in found["cache"]] == [keep_weights] * 2
+        assert [held > 0 for held in found["cache"]] == [kept] * 2
         for plain, recorded in zip(found["answers"][::2], found["answers"][1::2], strict=True):
             assert torch.equal(plain.responses, recorded.responses)
             torch.testing.assert_close(plain.logprobs, recorded.logprobs, atol=1e-5, rtol=0)
