@@ -20,9 +20,9 @@ gsm8k: install
 	$(BIN)/python configs/gsm8k-cpu/prepare.py "$(DATA)" runs/gsm8k/data
 	$(BIN)/gearshift pretrain configs/gsm8k-cpu/pretrain.yaml
 	$(BIN)/gearshift sft configs/gsm8k-cpu/sft.yaml
+	$(BIN)/gearshift reward configs/gsm8k-cpu/reward.yaml
 	$(BIN)/gearshift sft configs/gsm8k-cpu/flan.yaml
 	$(BIN)/gearshift sft configs/gsm8k-cpu/t0.yaml
-	$(BIN)/gearshift reward configs/gsm8k-cpu/reward.yaml
 	$(BIN)/gearshift ppo configs/gsm8k-cpu/ppo.yaml
 	$(BIN)/gearshift ppo configs/gsm8k-cpu/ppo-ptx.yaml
 	$(BIN)/gearshift compare configs/gsm8k-cpu/compare.yaml

@@ -42,7 +42,7 @@ def stages(full: bool) -> list[Stage]:
     recipe.append(Stage("ppo-ptx", "ppo", "ppo-ptx"))
     if not full:
         return [*recipe, Stage("compare", "compare", "compare")]
-    recipe[2:2] = [Stage(name, "sft", name) for name in ("flan", "t0")]
+    recipe[3:3] = [Stage(name, "sft", name) for name in ("flan", "t0")]  # after the reward model, which may choose them
     for name in OTHER_ADVANTAGES:
         own = {"run.folder": name, "ppo.advantage": name, "ppo.answers": "4"}
         recipe.append(Stage(name, "ppo", "ppo", own))
