@@ -44,10 +44,21 @@ class Best:
         return {"step": self.step, "score": self.score if self.step is not None else None}
 
     def set_state(self, state: Any) -> None:
-        """As `state` gave it. A run that goes on in another folder, without that model, looks for a best one anew."""
+        """As `state` gave it.
+
+        Where RUN/best holds another model, the best one is looked for anew: in another folder, where there is none; or
+        when the run was ended after a later step had done better, which will be taken again.
+        """
         if state["step"] is None:
             return
-        if not (self.folder / "best.json").exists():
+        if self._kept() != state:
             self.report.say(f"best         the model of step {state['step']} is not in {self.folder}: looked for anew")
             return
         self.step, self.score = state["step"], state["score"]
+
+    def _kept(self) -> Any:
+        """The state that best.json was written with, the same on every rank; None where there is none."""
+        try:
+            return json.loads((self.folder / "best.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or a half written one
+            return None

@@ -1,21 +1,16 @@
-"""Residual dropout: in training steps alone, and the same whenever a step is taken."""
+"""Residual dropout: on which blocks, how much, and when. In the steps of a model: tests/rlhf/test_sft.py."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gearshift.engine import CausalModel, TokenBatch, Training, World
+from gearshift.engine import World
 from gearshift.engine.dropout import ResidualDropout, residual_blocks
 from gearshift.engine.loading import build_on_meta
 from gearshift.errors import SettingError
-from gearshift.rlhf.language import language_loss
-from tests.models import FAMILIES, MORE_FAMILIES, SIZES, save_tiny, tiny_config
-from tests.worker_group import WorkerGroup
+from tests.models import FAMILIES, MORE_FAMILIES, SIZES, tiny_config
 
 
 def one_world() -> World:
@@ -68,31 +63,3 @@ def test_a_share_of_each_block_s_output_is_dropped_and_the_rest_scaled() -> None
     with dropping.on(4):
         assert not torch.equal(model.layers[0](ones), first)
     assert torch.equal(torch.get_rng_state(), state), "nothing else that is random may depend on it"
-
-
-def losses(world: World, folder: str, rate: float, seed: int) -> dict[str, Any]:
-    training = Training(learning_rate=0.0, optimizer="sgd")
-    model = CausalModel.load(
-        folder, world, dtype=torch.float32, micro_batch_size=2, training=training, seed=seed, residual_dropout=rate
-    )
-    tokens = torch.arange(60).view(6, 10) % SIZES["vocab_size"]
-    batch = TokenBatch(tokens, tokens.roll(-1, 1)).select(world.share(6))
-    found: dict[str, Any] = {"steps": []}
-    for _ in range(2):
-        found["evaluated"] = float(model.evaluate(language_loss, batch)["loss"])
-        torch.rand(3)  # what else draws numbers must not matter
-        found["steps"].append(float(model.accumulate(language_loss, batch)["loss"]))
-        model.step()
-    model.steps = 0
-    found["again"] = float(model.accumulate(language_loss, batch)["loss"])
-    return found
-
-
-def test_only_training_steps_drop_and_each_step_drops_the_same(two_ranks: WorkerGroup, tmp_path: Path) -> None:
-    folder = str(save_tiny("gpt2", tmp_path / "gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
-    plain = two_ranks.run(losses, folder, 0.0, 1)[0]
-    assert plain["steps"] == [plain["evaluated"]] * 2, "the family's own dropout is off"
-    found, other = (two_ranks.run(losses, folder, 0.2, seed)[0] for seed in (1, 2))
-    assert found["evaluated"] == plain["evaluated"]
-    assert len({plain["evaluated"], *found["steps"], *other["steps"]}) == 5
-    assert found["again"] == found["steps"][0]
