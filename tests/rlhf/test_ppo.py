@@ -17,7 +17,9 @@ from gearshift.kernels import Loss
 from gearshift.launch.config import validate
 from gearshift.rlhf.data.sampling import Sampler
 from gearshift.rlhf.language import language_loss
-from gearshift.rlhf.ppo import Ppo, PpoData, load_models, ppo
+from gearshift.rlhf.ppo import Ppo, ppo
+from gearshift.rlhf.ppo_data import PpoData
+from gearshift.rlhf.ppo_models import load_models
 from tests.rlhf.tiny import Recorder, changed, ppo_values, prompt_rows
 from tests.worker_group import WorkerGroup
 
