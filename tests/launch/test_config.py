@@ -299,7 +299,7 @@ def test_a_run_does_not_write_where_it_reads(here: Path, command: str, field: st
 
 SHIPPED = [
     *(Path(gearshift.launch.__file__).parent / "demo").glob("*.yaml"),
-    *(Path(__file__).parents[2] / "configs/gsm8k-cpu").glob("*.yaml"),
+    *(Path(__file__).parents[2] / "configs").glob("*/*.yaml"),
 ]
 
 
@@ -308,10 +308,13 @@ def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
     """Against each other too, once the files that it names are there: the model of each stage, rows for each reader."""
     command = {"flan": "sft", "t0": "sft"}.get(path.stem, path.stem.split("-")[0])
     config: Any = load(command, path)
-    for name in ("pretrain", "sft", "flan", "t0", "ppo", "ppo-ptx"):
-        model_folder(Path(config.run.folder).with_name(name) / "model", max_position_embeddings=512)
+    runs = [Path(config.run.folder).with_name(name) for name in ("pretrain", "sft", "flan", "t0", "ppo", "ppo-ptx")]
+    more = ("models/base", "runs/instructgpt/sft-baseline/best/model", "runs/gsm8k/pretrain/model")
+    for folder in {*(run / "model" for run in runs), *map(Path, more)}:
+        model_folder(here / folder, max_position_embeddings=4096)
     scores = {"architectures": ["LlamaForSequenceClassification"]}
-    model_folder(Path(config.run.folder).with_name("reward") / "model", max_position_embeddings=512, **scores)
+    for name in ("reward", "reward-first"):
+        model_folder(Path(config.run.folder).with_name(name) / "model", max_position_embeddings=4096, **scores)
     row = {"text": "a", "prompt": "b", "completion": "c", "chosen": "d", "rejected": "e"}
     for _, sources, _ in readers(config):
         for source in sources:
@@ -322,7 +325,9 @@ def test_every_shipped_config_is_right(here: Path, path: Path) -> None:
 
 def test_which_configs_are_shipped() -> None:
     assert sorted(path.stem for path in SHIPPED) == sorted(
-        ["pretrain", "sft", "flan", "t0", "reward", "ppo", "ppo-ptx", "compare"] * 2 + ["compare-full"]
+        ["sft", "flan", "t0", "reward", "ppo", "ppo-ptx", "compare"] * 3
+        + ["pretrain"] * 2
+        + ["compare-full", "sft-baseline", "reward-first", "reward"]
     )
 
 
