@@ -178,6 +178,7 @@ class Ppo:
             some = rollouts.select(slice(0, self.policy.micro_batch_size))
             trained = self.policy.logprobs(some, self.sampling.temperature)
         gaps = (trained - some.logprobs).abs()[some.mask]
+        gaps = gaps if len(gaps) else gaps.new_zeros(1)  # a rank whose rows have no token
         exact = self.policy.dtype == torch.float32
         gap = self.world.max(float(gaps.max() if exact else gaps.mean()))
         limit = self.config.rollout.gap_limit("fp32" if exact else "bf16")

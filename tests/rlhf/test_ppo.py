@@ -1,5 +1,6 @@
 """PPO and PPO-ptx end to end on tiny models: metrics, one step for both gradients, one rank against two."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gearshift.engine import CausalModel, Training, World
+from gearshift.engine import CausalModel, Episodes, Rollouts, Training, World
+from gearshift.engine.generator import Generator
 from gearshift.engine.saving import gathered_parameters
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
@@ -408,3 +410,55 @@ def test_a_run_ends_when_the_entropy_is_spent(two_ranks: WorkerGroup, values: di
     assert "validation/scores" in report.metrics[0]
     assert any(re.match(r"ppo\.stop\.entropy: \d.* the run ends here", line) for line in report.lines)
     assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_answers_at_the_edges(two_ranks: WorkerGroup, values: dict[str, Any], tmp_path: Path) -> None:
+    """Every answer ends at once, or none does; all rewards equal; one rank's answers without any token: losses are
+    finite and no rank waits for another."""
+    every_token = list(range(261))
+    for name, eos, masked in (("at-once", every_token, False), ("never", [], False), ("masked", every_token, True)):
+        edge = changed(
+            values,
+            run={"folder": str(tmp_path / name)},
+            reward={"init": "tests.rlhf.test_ppo:constant"},
+            critic={"init": values["policy"]["init"]},
+            ppo={"validate_every": 0},
+        )
+        for metrics, lengths in two_ranks.run(one_iteration, edge, eos, masked, timeout=90):
+            assert all(math.isfinite(value) for value in metrics.values()), name
+            assert metrics["objective/scores_std"] == 0.0
+            assert metrics["rollout/finished"] == (0.0 if name == "never" else 1.0)
+            assert set(lengths) == {"at-once": {1}, "never": {6}, "masked": {0, 1}}[name]
+
+
+def constant(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    return [0.25] * len(prompts)
+
+
+def one_iteration(
+    world: World, values: dict[str, Any], eos: list[int], masked: bool
+) -> tuple[dict[str, float], list[int]]:
+    """`masked`: rank 0's answers lose their tokens. Also how long the answers of both ranks were."""
+    run, lengths = build(world, values), []
+    run.sampling = dataclasses.replace(run.sampling, eos_ids=tuple(eos))
+    check = run.check_finite
+
+    def keep(episodes: Episodes, number: int) -> None:
+        lengths.extend(episodes.mask.sum(1).tolist())
+        check(episodes, number)
+
+    def generate(self: Generator, *args: Any) -> Rollouts:
+        rollouts = whole(self, *args)
+        if not masked or world.rank:
+            return rollouts
+        none = torch.zeros_like(rollouts.mask)
+        return dataclasses.replace(
+            rollouts, mask=none, logprobs=rollouts.logprobs * 0, responses=rollouts.responses * 0
+        )
+
+    whole, Generator.generate = Generator.generate, generate  # type: ignore[method-assign]
+    run.check_finite = keep  # type: ignore[method-assign]
+    try:
+        return run.iteration(1), lengths
+    finally:
+        Generator.generate = whole  # type: ignore[method-assign]
