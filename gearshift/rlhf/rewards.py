@@ -11,12 +11,12 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine import HybridEngine, RewardModel, Rollouts, Sampling, World
 from gearshift.engine.classifier import Classifier, Texts
 from gearshift.errors import SettingError, UserError, one_line
+from gearshift.rlhf.agreement import of_every_rank
 from gearshift.rlhf.data.batches import collate_prompts
 from gearshift.rlhf.data.encoding import PromptRow
 from gearshift.rlhf.data.formats import Keys, Prompt, read_prompt
@@ -202,19 +202,10 @@ class FunctionReward:
                 problem = f"gave {scores[bad[0]]} for the response to {rows[bad[0]].origin}"
         except Exception as error:  # whatever the user's code raises
             problem = f"failed: {type(error).__name__}: {one_line(error)}"
-        told = _any_rank(problem, self.world)
+        told = next((told for told in of_every_rank(problem) if told), None)
         if told:
             raise UserError(f"reward.init: {self.name} {told}")
         return torch.tensor(scores, dtype=torch.float32, device=self.world.device)
-
-
-def _any_rank(problem: str | None, world: World) -> str | None:
-    """The first rank's problem, on every rank. Collective."""
-    problems: list[str | None] = [problem]
-    if world.size > 1:
-        problems = [None] * world.size
-        dist.all_gather_object(problems, problem)
-    return next((told for told in problems if told), None)
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings, RolloutSettings
 from gearshift.errors import SettingError, UserError
+from gearshift.rlhf.agreement import read_alike
 from gearshift.rlhf.data.encoding import Block, Encoder
 from gearshift.rlhf.data.left_out import Encoded
 from gearshift.rlhf.data.sources import Record, read_sources
@@ -139,21 +140,21 @@ def load_rows(
 ) -> list[Row]:
     """The (first) rows of the sources that the config's `field` names, encoded; how many were left out is reported.
 
-    No source, no rows. Raises UserError when none of the rows that are there can be used.
+    No source, no rows. Collective. Raises UserError when none of the rows that are there can be used.
     """
     if not sources:
         return []
-    encoded = encode(read_sources(sources)[:first])
+    encoded = read_alike(field, lambda: encode(read_sources(sources)[:first]))
     report.say(f"{field}: {encoded.describe()}")
     report.left_out(field, encoded.dropped)
     return encoded.rows
 
 
 def text_blocks(field: str, sources: list[str], encoder: Encoder, report: Report) -> list[Block]:
-    """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks."""
+    """Pretraining text in blocks of `encoder.max_tokens`; no source, no blocks. Collective."""
     if not sources:
         return []
-    encoded = encoder.blocks(read_sources(sources))
+    encoded = read_alike(field, lambda: encoder.blocks(read_sources(sources)))
     if encoded.dropped:
         report.say(f"{field}: {encoded.left_out()}")
         report.left_out(field, encoded.dropped)

@@ -213,6 +213,12 @@ def told_of_bad_rows(world: World, values: dict[str, Any]) -> tuple[str, Recorde
     return "", report
 
 
+def told_of_other_files(world: World, values: dict[str, Any], other: str) -> tuple[str, Recorder]:
+    """Where rank 1 sees another file."""
+    data = {**values["data"], **({"train": other} if world.rank else {})}
+    return told_of_bad_rows(world, {**values, "data": data})
+
+
 def test_bad_rows_mean_the_same_on_every_rank(two_ranks: WorkerGroup, policy_folder: str, tmp_path: Path) -> None:
     """Both ranks stop with one line before any step; or both leave the same rows out, and none waits for the other."""
     values = sft_values(tmp_path, policy_folder)
@@ -221,7 +227,13 @@ def test_bad_rows_mean_the_same_on_every_rank(two_ranks: WorkerGroup, policy_fol
     for message, report in two_ranks.run(told_of_bad_rows, values, timeout=60):
         assert message.startswith(f"{rows}:1: is not valid JSON")
         assert not report.metrics
+    good = write_jsonl(tmp_path / "good.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
+    for message, report in two_ranks.run(told_of_other_files, values, good, timeout=60):
+        assert message.startswith(f"{rows}:1: is not valid JSON"), "also on the rank whose own file is whole"
+        assert not report.metrics
     values["data"]["on_bad_row"] = "skip"
+    for message, _ in two_ranks.run(told_of_other_files, values, good, timeout=60):
+        assert message.startswith("data.train: rank 1 keeps 8 rows and rank 0 16")
     for message, report in two_ranks.run(told_of_bad_rows, values, timeout=60):
         assert message == ""
         assert len(report.metrics) == 4, "16 rows of 18, 8 a step, twice"
