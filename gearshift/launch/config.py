@@ -257,7 +257,7 @@ def help_text(command: str) -> str:
     doc = (config_class.__doc__ or "").strip()
     lines = [
         f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--hostfile HOSTS]"
-        + (" [--resume auto|PATH|never]" if "checkpoint" in config_class.model_fields else ""),
+        + (" [--resume auto|PATH|never] [--max-restarts N]" if "checkpoint" in config_class.model_fields else ""),
         "",
         doc,
         "CONFIG.yaml holds the sections below; each field can also be set as --section.field value.",

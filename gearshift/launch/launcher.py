@@ -6,6 +6,7 @@ starts DeepSpeed's launcher; started by that launcher (or torchrun) it runs the 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gearshift.engine.checkpoints.reading import steps
+from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.errors import Paused, UserError
 from gearshift.launch.overrides import Arguments, parse_arguments
 
@@ -127,10 +130,23 @@ def launch(command: str, arguments: Arguments) -> int:
     elif not arguments.hostfile and not Path("/dev/kfd").exists():
         # Said outright, DeepSpeed does not warn in every process that it found nothing better (or take up a Mac's GPU).
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    code = run_to_end(launch_command(command, arguments, ranks, devices, free_port()), environment)
-    if code not in (0, USER_ERROR, PAUSED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+    for left in range(arguments.max_restarts, -1, -1):
+        code = run_to_end(launch_command(command, arguments, ranks, devices, free_port()), environment)
+        if code in (0, USER_ERROR, PAUSED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            return code
         print(f"gearshift {command}: the processes ended with {_meaning(code)}", file=sys.stderr)
+        if left:
+            arguments = _again(arguments, Path(config.run.folder))
+            print(f"gearshift {command}: starting again, {left - 1} more times at most", file=sys.stderr)
     return code
+
+
+def _again(arguments: Arguments, run_folder: Path) -> Arguments:
+    """The same, from the newest checkpoint; from the start while there is none."""
+    if not steps(run_folder / FOLDER):
+        return arguments
+    rest = [(key, value) for key, value in arguments.overrides if key != "checkpoint.resume"]
+    return dataclasses.replace(arguments, overrides=[*rest, ("checkpoint.resume", "auto")])
 
 
 def launch_command(command: str, arguments: Arguments, ranks: int, devices: list[int], port: int) -> list[str]:

@@ -14,12 +14,13 @@ class Arguments:
     config: str | None = None
     overrides: list[tuple[str, str]] = field(default_factory=list)  # ("ppo.clip", "0.1"), in order
     hostfile: str | None = None
+    max_restarts: int = 0
     help: bool = False
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`,
-    `--resume auto|PATH|never` (which is checkpoint.resume), `--help`.
+    `--resume auto|PATH|never` (which is checkpoint.resume), `--max-restarts N`, `--help`.
 
     `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
     Raises UserError for anything else.
@@ -58,6 +59,10 @@ def _set_option(arguments: Arguments, name: str, value: str) -> None:
         arguments.overrides.append(("checkpoint.resume", value))
     elif name == "hostfile":
         arguments.hostfile = value
+    elif name in ("max-restarts", "max_restarts"):
+        if not value.isdigit():
+            raise UserError(f"--{name}: should be a number of restarts, 0 or more, not {value!r}")
+        arguments.max_restarts = int(value)
     elif name in ("local_rank", "local-rank"):
         pass
     elif "." in name:

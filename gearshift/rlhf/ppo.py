@@ -16,6 +16,7 @@ from gearshift.engine import (
     Rollouts,
     World,
     init_distributed,
+    watchdog,
 )
 from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
@@ -208,13 +209,13 @@ class Ppo:
 
     def save(self, folder: str) -> None:
         """`folder`/model, of the averaged weights where they are kept. Collective."""
-        with self.policy.averaged():
+        with watchdog.phase("saving the model"), self.policy.averaged():
             save_policy(self.policy, folder, self.config.policy, self.data.tokenizer)
 
     def validate(self) -> dict[str, float]:
         """Scores on held-out prompts and KL there, loss on held-out pretraining text: of the averaged weights, where
         `ppo.ema` keeps them. Collective."""
-        with self.policy.averaged():
+        with watchdog.phase("validation"), self.policy.averaged():
             return self._validate()
 
     def _validate(self) -> dict[str, float]:
@@ -259,19 +260,20 @@ def ppo(config: PpoConfig, report: Report) -> None:
     parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl, "scores": run.shaper, "best": best}
     saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
-    for number in range(saver.done + 1, iterations + 1):
-        before = run.validate() if number == 1 and every else {}
-        metrics, found = run.iteration(number), {}
-        ends = number == iterations or run.is_spent(metrics)
-        if ends or (every and number % every == 0):
-            found = run.validate()
-        report.log(number, metrics | before | found)
-        if SCORE in found and run.near_reference(found):
-            best.offer(number, found[SCORE])
-        saver.after(number, found.get(SCORE))
-        if ends:
-            break
-    saver.close()
-    run.save(config.run.folder)
+    with watchdog.watching(world, config.run.hang_seconds):
+        for number in range(saver.done + 1, iterations + 1):
+            before = run.validate() if number == 1 and every else {}
+            metrics, found = run.iteration(number), {}
+            ends = number == iterations or run.is_spent(metrics)
+            if ends or (every and number % every == 0):
+                found = run.validate()
+            report.log(number, metrics | before | found)
+            if SCORE in found and run.near_reference(found):
+                best.offer(number, found[SCORE])
+            saver.after(number, found.get(SCORE))
+            if ends:
+                break
+        saver.close()
+        run.save(config.run.folder)
     if run.critic is not None:
         run.critic.save_pretrained(f"{config.run.folder}/critic", data.tokenizer)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from gearshift.engine import watchdog
+
 
 class Report(Protocol):
     """Called on every rank; only rank 0's goes anywhere."""
@@ -38,7 +40,8 @@ class Phases:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with watchdog.phase(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

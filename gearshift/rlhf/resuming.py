@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from gearshift.engine import World
+from gearshift.engine import World, watchdog
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.engine.checkpoints.writing import Checkpoints, versions
@@ -85,7 +85,8 @@ class Saver:
                 for name, model in self.models.items()
                 for file, content in small_files(model.module, self.tokenizer).items()
             }
-        self.checkpoints.save(manifest, self.models, self._small_files)
+        with watchdog.phase(f"saving step {step}"):
+            self.checkpoints.save(manifest, self.models, self._small_files)
 
     def _start(self) -> int:
         # Only where that was asked for: other folders with checkpoints in them are refused before processes start.

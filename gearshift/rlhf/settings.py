@@ -45,6 +45,11 @@ class RunSettings(Section):
     dtype: Annotated[Dtype | None, BeforeValidator(_refuse_fp16)] = Field(
         None, description="Weights and activations: bf16 or fp32; null: bf16 on GPUs, fp32 on CPU"
     )
+    hang_seconds: float = Field(
+        1800.0,
+        ge=0,
+        description="End the run when a rank gives no sign of life, or none comes further, for so long; 0: never",
+    )
 
 
 class PolicySettings(Section):

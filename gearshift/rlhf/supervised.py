@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gearshift.engine import Rows
+from gearshift.engine import Rows, watchdog
 from gearshift.engine.zero import LossFunction, ZeroModel
 from gearshift.rlhf.best import Best
 from gearshift.rlhf.guards import stopping
@@ -37,32 +37,37 @@ def fit(
     `saver` is, which saves it as it goes.
     """
     found: dict[str, float] = {}
-    for step in range(saver.done + 1, steps + 1):
-        start = time.perf_counter()
-        rate = model.learning_rate
-        batch = next(batches)
-        with stopping(saver.config.run.folder, f"step {step}", batch, model.world):
-            sums = model.accumulate(loss, batch)
-            norm = model.step()
-        seconds = time.perf_counter() - start
-        metrics = {
-            "loss/train": float(sums["loss"]),
-            "optimizer/learning_rate": rate,
-            "optimizer/grad_norm": norm,
-            "timing/step": seconds,
-            "throughput/tokens_per_second": float(sums["tokens"]) / seconds,
-        }
-        validated = step == steps or bool(validate_every and step % validate_every == 0)
-        if validated:
-            found = validate()
-            metrics.update(found)
-        report.log(step, metrics)
-        score = found.get(SCORE, -found["loss/validation"]) if validated and found else None
-        if best is not None and score is not None:
-            best.offer(step, score)
-        saver.after(step, score)
+    with watchdog.watching(model.world, saver.config.run.hang_seconds):
+        for step in range(saver.done + 1, steps + 1):
+            metrics = _step(model, loss, next(batches), step, saver.config.run.folder)
+            validated = step == steps or bool(validate_every and step % validate_every == 0)
+            if validated:
+                with watchdog.phase(f"the validation after step {step}"):
+                    found = validate()
+                metrics.update(found)
+            report.log(step, metrics)
+            score = found.get(SCORE, -found["loss/validation"]) if validated and found else None
+            if best is not None and score is not None:
+                best.offer(step, score)
+            saver.after(step, score)
     saver.close()
     return found
+
+
+def _step(model: ZeroModel, loss: LossFunction, batch: Rows, step: int, folder: str) -> dict[str, float]:
+    """One optimizer step; returns its metrics. What is not finite in it stops every rank."""
+    start, rate = time.perf_counter(), model.learning_rate
+    with watchdog.phase(f"step {step}"), stopping(folder, f"step {step}", batch, model.world):
+        sums = model.accumulate(loss, batch)
+        norm = model.step()
+    seconds = time.perf_counter() - start
+    return {
+        "loss/train": float(sums["loss"]),
+        "optimizer/learning_rate": rate,
+        "optimizer/grad_norm": norm,
+        "timing/step": seconds,
+        "throughput/tokens_per_second": float(sums["tokens"]) / seconds,
+    }
 
 
 def evaluate(model: ZeroModel, loss: LossFunction, rows: list[Any], collate: Callable[..., Rows]) -> dict[str, Tensor]:

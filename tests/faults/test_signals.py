@@ -122,6 +122,35 @@ def test_a_rank_that_is_killed(values: dict[str, Any], whole: Path, tmp_path: Pa
     resumed(often, run, whole)
 
 
+def test_max_restarts(values: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    """Killed before there is a checkpoint and after: started again from the start, then from the newest."""
+    run = tmp_path / "run"
+    often = changed(values, checkpoint={"every": 2, "keep": 1})
+    words = command(often, run, "--max-restarts", "2")
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        for step in (1, 3):
+            wait_for_step(run, process, step)
+            os.kill(_ranks_of(children(process.pid)[0])[0], signal.SIGKILL)
+            wait_for_end(run, process, children(process.pid)[0])
+        _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    assert [line for line in told.splitlines() if "starting again" in line] == [
+        "gearshift ppo: starting again, 1 more times at most",
+        "gearshift ppo: starting again, 0 more times at most",
+    ]
+    assert f"{run}/checkpoints/step-00000002: 2 steps done" in told
+    assert weights(run) == weights(whole)
+
+
+def wait_for_end(run: Path, process: subprocess.Popen[str], launcher: int) -> None:
+    """Until another launcher has taken this one's place."""
+    deadline = time.monotonic() + 100
+    while children(process.pid)[:1] in ([], [launcher]):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def children(parent: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

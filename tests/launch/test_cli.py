@@ -136,3 +136,6 @@ def test_arguments() -> None:
     assert parse_arguments(["--local_rank", "1"]).config is None
     with pytest.raises(UserError):
         parse_arguments(["--config"])
+    assert parse_arguments(["--max-restarts", "3"]).max_restarts == 3
+    with pytest.raises(UserError, match=r"--max-restarts: should be a number of restarts, 0 or more, not 'many'"):
+        parse_arguments(["--max-restarts", "many"])
