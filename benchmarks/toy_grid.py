@@ -26,22 +26,23 @@ from typing import Any
 
 import yaml
 
+from gearshift.launch.demo import OTHER_ADVANTAGES
+
 SEEDS = (1, 2, 3)
 COEFS = (0.0, 0.05, 0.2, 0.8)
 DEMO_COEF = 0.2  # of the demo's configs: the systems that the gates are about
-FULL = ("base", "prompted", "flan", "t0", "sft", "ppo", "ppo-ptx", "grpo", "rloo")
 GATES = (("sft", "base"), ("ppo", "sft"), ("ppo-ptx", "sft"))  # true score of the first above the second's
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 0.975 quantile of Student's t, by the number of seeds
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the demo, under another name and with some settings changed."""
+    """A command of the demo, under another name and with some settings changed: (section, ..., field) -> value."""
 
     name: str
     command: str
     config: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
 
 def stages() -> Iterator[Stage]:
@@ -51,10 +52,9 @@ def stages() -> Iterator[Stage]:
     yield Stage("reward", "reward", "reward")
     for kind in ("ppo", "ppo-ptx"):
         for coef in COEFS:
-            yield Stage(run_name(kind, coef), "ppo", kind, {"ppo.kl.coef": coef})
-    own_kl = {"ppo.kl.where": "loss", "ppo.kl.estimator": "k3"}
-    yield Stage("grpo", "ppo", "ppo", {"ppo.advantage": "grpo", "ppo.answers": 4, **own_kl})
-    yield Stage("rloo", "ppo", "ppo", {"ppo.advantage": "rloo", "ppo.answers": 4})
+            yield Stage(run_name(kind, coef), "ppo", kind, {("ppo", "kl", "coef"): coef})
+    for name, settings in OTHER_ADVANTAGES.items():
+        yield Stage(name, "ppo", "ppo", {tuple(key.split(".")): value for key, value in settings.items()})
 
 
 def run_name(kind: str, coef: float) -> str:
@@ -94,32 +94,36 @@ def one_seed(folder: Path, seed: int) -> None:
         run(Stage("compare", "compare", "compare-full", systems()), folder, seed)
 
 
-def systems() -> dict[str, Any]:
+def systems() -> dict[tuple[str, ...], Any]:
     """Those of the demo's comparison, and the others."""
     known = ("pretrain", "sft", "flan", "t0", "reward", "ppo", "ppo-ptx")
-    return {f"systems.{s.name}": {"init": f"runs/demo/{s.name}/model"} for s in stages() if s.name not in known}
+    return {("systems", s.name): {"init": f"runs/demo/{s.name}/model"} for s in stages() if s.name not in known}
 
 
 def run(stage: Stage, folder: Path, seed: int) -> None:
     """One stage through its own command, as a person would start it; its seconds are noted."""
-    values = yaml.safe_load((files("gearshift.launch.demo") / f"{stage.config}.yaml").read_text(encoding="utf-8"))
-    own = values["run"]["seed"] + 100 * seed
-    values["run"] |= {"folder": f"runs/demo/{stage.name}", "seed": own, "overwrite": True}
-    for key, value in stage.settings.items():
-        *sections, name = key.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = value
-    text = yaml.safe_dump(values).replace("runs/demo", folder.as_posix())
     config = folder / "configs" / f"{stage.name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(text, encoding="utf-8")
+    config.write_text(config_text(stage, folder, seed), encoding="utf-8")
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "gearshift.launch", stage.command, str(config)], check=True)
     seconds = folder / "seconds.json"
     told = json.loads(seconds.read_text()) if seconds.is_file() else {}
     seconds.write_text(json.dumps(told | {stage.name: time.perf_counter() - start}, indent=1), encoding="utf-8")
+
+
+def config_text(stage: Stage, folder: Path, seed: int) -> str:
+    """The demo's config, with the stage's settings, this seed and this folder."""
+    values = yaml.safe_load((files("gearshift.launch.demo") / f"{stage.config}.yaml").read_text(encoding="utf-8"))
+    own = values["run"]["seed"] + 100 * seed
+    values["run"] |= {"folder": f"runs/demo/{stage.name}", "seed": own, "overwrite": True}
+    for key, value in stage.settings.items():
+        *sections, name = key
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return yaml.safe_dump(values).replace("runs/demo", folder.as_posix())
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

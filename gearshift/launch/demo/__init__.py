@@ -15,13 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from gearshift.errors import UserError
 from gearshift.launch.demo.checks import check
 from gearshift.launch.launcher import visible_gpus
 
 FOLDER = "runs/demo"  # as the configs have it
-OTHER_ADVANTAGES = ("grpo", "rloo")  # they compare answers to one prompt, so each prompt gets several
+# Without a critic: they compare answers to one prompt, so each prompt gets several. GRPO has its penalty in the loss.
+OTHER_ADVANTAGES: dict[str, dict[str, Any]] = {
+    "grpo": {"ppo.advantage": "grpo", "ppo.answers": 4, "ppo.kl.where": "loss", "ppo.kl.estimator": "k3"},
+    "rloo": {"ppo.advantage": "rloo", "ppo.answers": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,14 @@ class Stage:
 
 
 def stages(full: bool) -> list[Stage]:
-    """What the demo runs, in order. `full`: all seven systems of the paper, and PPO by other advantages."""
+    """What the demo runs, in order. `full`: all seven systems of the paper, and GRPO and RLOO."""
     recipe = [Stage(name, name, name) for name in ("pretrain", "sft", "reward", "ppo")]
     recipe.append(Stage("ppo-ptx", "ppo", "ppo-ptx"))
     if not full:
         return [*recipe, Stage("compare", "compare", "compare")]
     recipe[3:3] = [Stage(name, "sft", name) for name in ("flan", "t0")]  # after the reward model, which may choose them
-    for name in OTHER_ADVANTAGES:
-        own = {"run.folder": name, "ppo.advantage": name, "ppo.answers": "4"}
+    for name, settings in OTHER_ADVANTAGES.items():
+        own = {"run.folder": name} | {key: str(value) for key, value in settings.items()}
         recipe.append(Stage(name, "ppo", "ppo", own))
     systems = {f"systems.{name}.init": f"{name}/model" for name in OTHER_ADVANTAGES}
     return [*recipe, Stage("compare", "compare", "compare-full", systems)]
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="compare all seven systems of the paper (adds: prompted, FLAN, T0); about twice as long",
+        help="compare all seven systems of the paper (adds prompted, FLAN, T0), and GRPO, RLOO; three times as long",
     )
     options = parser.parse_args(argv)
     folder, ranks = Path(options.folder), options.ranks or _ranks()
