@@ -102,7 +102,7 @@ def fill(replica: Replica, model: Any) -> None:
     weights = dict(model.named_parameters())
     for name, own in replica.slices.items():
         own.copy_(weights[name])
-    replica.stamp = 0
+    replica.stamp = (0, False)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ dropout off (`engine.loading`), so this is the only one, whatever the family.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,11 @@ from gearshift.errors import SettingError
 
 # What the blocks of a decoder layer are called, over the families of `transformers`.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mamba", "mixer")
+# Of layers that normalise what a block gives before they add it: the norm's output is what is added.
+POST_NORMS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe", "fc2", "ffn", "feedforward")
 
 
@@ -65,23 +71,33 @@ class ResidualDropout:
 
 
 def residual_blocks(module: nn.Module) -> list[nn.Module]:
-    """The attention and feed-forward blocks of every decoder layer; none where a layer lacks one of the two."""
+    """What adds to the stream in every decoder layer, two for each; none where some layer is of another form."""
     found: list[nn.Module] = []
     for layers in module.modules():
         if not isinstance(layers, nn.ModuleList):
             continue
-        pairs = [[_child(layer, ATTENTION), _child(layer, FEED_FORWARD)] for layer in layers]
-        if any(attention is not None for attention, _ in pairs):
-            blocks = [block for pair in pairs for block in pair if block is not None]
-            if len(blocks) < 2 * len(pairs):
+        pairs = [_blocks(layer) for layer in layers]
+        if any(pair for pair in pairs):
+            if not all(len(pair) == 2 for pair in pairs):
                 return []
-            found += blocks
+            found += [block for pair in pairs for block in pair]
     return found
 
 
-def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def _blocks(layer: nn.Module) -> list[nn.Module]:
+    """What gives the two terms that a layer adds to its stream; fewer or more than two where that is not known."""
     children = dict(layer.named_children())
-    return next((children[name] for name in names if name in children), None)
+    attention = [children[name] for name in ATTENTION if name in children]
+    if not attention:
+        return []
+    for names in POST_NORMS:
+        if all(name in children for name in names):
+            return [children[name] for name in names]
+    feed_forward = [children[name] for name in FEED_FORWARD if name in children][:1]
+    # BLOOM's and MPT's blocks are given the stream and return it with their term added.
+    return [
+        block for block in (*attention, *feed_forward) if "residual" not in inspect.signature(block.forward).parameters
+    ]
 
 
 def _kind(device: torch.device) -> str:

@@ -116,6 +116,10 @@ class Generator:
         replica, cache = self._replica, self._replica.cache
         check_positions(replica.model.config, capacity, self._world)
         rows, columns = max(slots, cache.rows), max(cache.rounded(capacity), cache.capacity)
+        # A kept cache of few long rows and a request for many short ones: room for both at once is for neither.
+        if rows * columns > slots * cache.rounded(capacity) + cache.rows * cache.capacity:
+            cache.free()
+            rows, columns = slots, cache.rounded(capacity)
         grows = (rows, columns) != (cache.rows, cache.capacity)
         each = columns * position_bytes(replica.model.config, replica.group.size, replica.head.weight.dtype)
         check_memory(each, rows if grows else 0, cache.held_bytes, self._world)

@@ -34,9 +34,8 @@ _BLOCK = 256
 class Replica:
     """This rank's part of one tensor-parallel copy of a causal LM.
 
-        self.stamp: tuple[int, bool] | None = None
-    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: the optimizer step whose
-    weights they hold (-1: none). `decoder` runs the steps of decoding: recorded by a `recorder`, if one is given, and
+    `slices`: parameter name -> its slice, at an address that does not change; `stamp`: which weights they hold (see
+    `ZeroModel.stamp`; None: none). `decoder` runs the steps of decoding: recorded by a `recorder`, if one is given, and
     with `flash` as their attention.
     """
 

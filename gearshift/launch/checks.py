@@ -10,16 +10,17 @@ import importlib.util
 import math
 from typing import TypeGuard
 
-from gearshift.engine.settings import check_attention_setting, check_shift
+from gearshift.engine.settings import RolloutSettings, check_attention_setting, check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.compare_checks import check_comparison
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
 from gearshift.launch.rows import readers, row_problems
-from gearshift.rlhf.ppo_settings import PpoSettings
+from gearshift.rlhf.ppo_settings import KlSettings, PpoSettings
 from gearshift.rlhf.settings import (
     CompareConfig,
     Config,
+    CriticSettings,
     DataSettings,
     PpoConfig,
     PretrainConfig,
@@ -57,6 +58,8 @@ def check(config: Config, ranks: int) -> None:
         _check_ppo_batches(config, ranks)
         _check_adaptive_kl(config)
         _check_advantage(config)
+        _check_average(config)
+        _check_best(config)
         _check_ptx(config)
     if isinstance(config, PpoConfig | CompareConfig) or _answers(config):
         _check_rollout(config, ranks)
@@ -107,6 +110,11 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
 def _check_adaptive_kl(config: PpoConfig) -> None:
     kl, episodes = config.ppo.kl, config.ppo.batch_size
     if kl.target is None:
+        for name in ("horizon", "clamp"):
+            if getattr(kl, name) != getattr(KlSettings(), name):
+                raise SettingError(
+                    f"ppo.kl.{name}", "only with ppo.kl.target, without which ppo.kl.coef stays: leave it out"
+                )
         return
     if kl.coef == 0:
         raise SettingError("ppo.kl.coef", "0 times anything stays 0, so ppo.kl.target would do nothing: start at 0.02")
@@ -137,12 +145,12 @@ def _check_advantage(config: PpoConfig) -> None:
                 f"ppo.{name}",
                 f"ppo.advantage: {ppo.advantage} has no critic, so it would not be read: leave it out",
             )
-            for name in ("lam", "gamma", "value_clip", "critic_iterations", "whiten_rewards")
+            for name in ("lam", "gamma", "value_clip", "critic_iterations", "whiten_rewards", "whiten")
         ),
         (
-            group and config.critic.init != "reward",
-            "critic.init",
-            f"ppo.advantage: {ppo.advantage} has no critic: leave it out",
+            group and config.critic != CriticSettings(),
+            "critic",
+            f"ppo.advantage: {ppo.advantage} has no critic: leave the section out",
         ),
         (
             ppo.kl.where == "loss" and ppo.kl.estimator not in ("k2", "k3"),
@@ -164,6 +172,19 @@ def _check_advantage(config: PpoConfig) -> None:
             raise SettingError(field, problem)
 
 
+def _check_best(config: PpoConfig) -> None:
+    if config.ppo.best_kl is not None and not config.data.validation:
+        raise SettingError("ppo.best_kl", "needs validation: set data.validation and ppo.validate_every")
+
+
+def _check_average(config: PpoConfig) -> None:
+    """The average is kept beside the fp32 weights, which must be in memory."""
+    zero = config.deepspeed.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if config.ppo.ema is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise SettingError("ppo.ema", "needs the optimizer's weights in memory, not on NVMe: set it to null")
+
+
 def _check_ptx(config: PpoConfig) -> None:
     if config.ptx.weight > 0 and not config.ptx.data:
         raise SettingError("ptx.data", "needed with ptx.coef above 0: sources of pretraining text")
@@ -181,8 +202,13 @@ def _answers(config: Config) -> TypeGuard[SftConfig]:
 def _check_choice(config: SftConfig) -> None:
     """What chooses the best checkpoint is there, and nothing is set that would choose nothing."""
     if not _answers(config):
-        if config.reward.init is not None:
-            raise SettingError("reward.init", "only train.best: score reads it: set that, or leave it out")
+        for field, unread in (
+            ("reward.init", config.reward.init is not None),
+            ("reward.chat_template", config.reward.chat_template),
+            ("rollout", config.rollout != RolloutSettings()),
+        ):
+            if unread:
+                raise SettingError(field, "only train.best: score reads it: set that, or leave it out")
         return
     if config.reward.init is None:
         raise SettingError("reward.init", "needed with train.best: score: a reward model or module:function")

@@ -119,12 +119,6 @@ def _check_reward(config: PpoConfig | CompareConfig | SftConfig) -> None:
     """A reward model, or a function that can be found (its module is imported by the ranks only)."""
     reward = config.reward
     assert reward.init is not None
-    if isinstance(config, CompareConfig) and (names_function(reward.init) or reward.chat_template):
-        raise SettingError(
-            "reward.init" if names_function(reward.init) else "reward.chat_template",
-            "is for gearshift ppo; a comparison needs a reward model that reads the systems' tokens "
-            "(compare.true_score takes a function)",
-        )
     if names_function(reward.init):
         fails("reward.init", function_problem(reward.init))
         if reward.chat_template:
@@ -262,7 +256,7 @@ def _check_tokens(config: Config) -> None:
         fails(field, folders.vocabulary_problem(init))
         other = field != "policy.init" and folders.same_vocabulary(tokenizer, init) is False
         starts_critic = isinstance(config, PpoConfig) and config.critic_is_reward
-        reads_text = field == "reward.init" and not starts_critic and not isinstance(config, CompareConfig)
+        reads_text = field == "reward.init" and not starts_critic
         if other and not reads_text:
             raise SettingError(*_other_tokens(config, field, init, tokenizer))
         fails(field, folders.room_problem(init, init if other else tokenizer))

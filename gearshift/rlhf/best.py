@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine import World
+from gearshift.engine.checkpoints import files
 from gearshift.rlhf.reporting import Report
 
 FOLDER = "best"
@@ -34,10 +35,14 @@ class Best:
         if not score > self.score:
             return False
         self.step, self.score = step, score
+        told = self.folder / "best.json"
+        with self.world.main_first():
+            if self.world.is_main:
+                told.unlink(missing_ok=True)  # a run that is killed in between leaves a model that nothing is said of
         self._save(str(self.folder))
         with self.world.main_first():
             if self.world.is_main:
-                (self.folder / "best.json").write_text(json.dumps(self.state()) + "\n", encoding="utf-8")
+                files.replace_text(told, json.dumps(self.state()) + "\n")
         return True
 
     def state(self) -> Any:

@@ -58,7 +58,7 @@ def _encoder(config: CompareConfig) -> Encoder:
     """The encoder that all models share. Raises SettingError for a model that reads other tokens."""
     first, system = next(iter(config.systems.items()))
     tokenizer = tokenizer_of(config.data, system.init, f"systems.{first}.init")
-    named = {"reward.init": config.reward.init, "reference.init": config.reference.init}
+    named = {"reference.init": config.reference.init}
     named |= {f"systems.{name}.init": system.init for name, system in config.systems.items()}
     for field, init in named.items():
         require_same_tokens(tokenizer, init, field)

@@ -23,6 +23,8 @@ MEANING = (
     "train.pairs",
     "train.pretraining",
     "train.pretraining_fraction",
+    "ppo.advantage",
+    "ppo.answers",
     "ppo.batch_size",
     "ppo.minibatches",
     "ppo.epochs",

@@ -82,7 +82,8 @@ class Ppo:
             metrics["optimizer/critic_learning_rate"] = self.critic.learning_rate
         with phases.phase("train"):
             self.updates(episodes, number, sums)
-        self.kl.update(metrics["objective/kl"], len(episodes))
+        if number > self.config.ppo.critic_iterations:  # before, nothing that the coefficient could steer moves
+            self.kl.update(metrics["objective/kl"], len(episodes))
         every = self.config.ppo.samples_every
         if every and (number - 1) % every == 0:
             self.report.samples(number, sample_rows(episodes, self.config.tracking.samples, self.data.decode))
@@ -119,14 +120,15 @@ class Ppo:
             sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
             sums.norm("critic", self.critic.step())
 
-    def held_against_reference(self, rollouts: Rollouts) -> _Held:
+    def held_against_reference(self, rollouts: Rollouts, trained: bool = True) -> _Held:
         """What reference and, where it is asked for, the policy's training forward say of the answers. Collective."""
         ppo, temperature = self.config.ppo, self.sampling.temperature
         if ppo.kl.estimator == "exact":
             logprobs, ref_logprobs, kl = self.policy.against(self.reference, rollouts, temperature)
             return _Held(ref_logprobs, kl, logprobs)
-        trained = self.policy.logprobs(rollouts, temperature) if ppo.old_logprobs == "training" else None
-        return _Held(self.reference.logprobs(rollouts, temperature), None, trained)
+        asked = trained and ppo.old_logprobs == "training"
+        own = self.policy.logprobs(rollouts, temperature) if asked else None
+        return _Held(self.reference.logprobs(rollouts, temperature), None, own)
 
     def as_trained(self, rollouts: Rollouts, trained: Tensor | None) -> tuple[Rollouts, Tensor | None]:
         """With `old_logprobs: training` the ratio is against these; and the weights that make up for it, or None."""
@@ -205,7 +207,7 @@ class Ppo:
     def near_reference(self, found: dict[str, float]) -> bool:
         """Whether a validation's KL allows the policy to be the best one (`ppo.best_kl`)."""
         limit = self.config.ppo.best_kl
-        return limit is None or found["validation/kl"] <= limit
+        return limit is None or found.get("validation/kl", 0.0) <= limit
 
     def save(self, folder: str) -> None:
         """`folder`/model, of the averaged weights where they are kept. Collective."""
@@ -229,7 +231,7 @@ class Ppo:
             with self.policy.rollout() as generator:
                 answers = generator.generate(collate_prompts(own or rows[:1]), self.sampling)
             scores = self.reward_model.score(answers)
-            ref_logprobs = self.held_against_reference(answers).ref_logprobs
+            ref_logprobs = self.held_against_reference(answers, trained=False).ref_logprobs
             kl = ((answers.logprobs - ref_logprobs) * answers.mask).sum(1)
             both = torch.stack([scores, kl, torch.ones_like(scores)])[:, : len(own)]  # others only took part
             total = self.world.sum(both.double().sum(1))
@@ -262,15 +264,16 @@ def ppo(config: PpoConfig, report: Report) -> None:
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
     with watchdog.watching(world, config.run.hang_seconds):
         for number in range(saver.done + 1, iterations + 1):
-            before = run.validate() if number == 1 and every else {}
+            before = run.validate() if number == 1 and every > 1 else {}
             metrics, found = run.iteration(number), {}
             ends = number == iterations or run.is_spent(metrics)
             if ends or (every and number % every == 0):
                 found = run.validate()
             report.log(number, metrics | before | found)
-            if SCORE in found and run.near_reference(found):
-                best.offer(number, found[SCORE])
-            saver.after(number, found.get(SCORE))
+            score = found.get(SCORE) if run.near_reference(found) else None
+            if score is not None and every:  # of one validation alone, at the end, the best model is the last
+                best.offer(number, score)
+            saver.after(number, score)
             if ends:
                 break
         saver.close()

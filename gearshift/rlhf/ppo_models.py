@@ -20,6 +20,7 @@ from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
     dtype_of,
     lacks_value_head,
+    rollout_of,
     training_of,
 )
 
@@ -48,14 +49,8 @@ def load_models(config: PpoConfig, world: World, data: PpoData) -> Models:
         config.policy.init,
         world,
         training=training_of(config.optimizer, schedule, average=ppo.ema),
-        tp_size=config.rollout.tp_size,
-        slots=config.rollout.slots,
-        bucket_bytes=config.rollout.bucket_mb << 20,
         lora=config.policy.lora,
-        keep_weights=config.rollout.keep_weights,
-        attention=config.rollout.attention,
-        cuda_graphs=config.rollout.cuda_graphs,
-        offload_optimizer=config.rollout.offload_optimizer,
+        **rollout_of(config.rollout),
         **common,
     )
     return Models(

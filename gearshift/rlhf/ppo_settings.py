@@ -79,7 +79,8 @@ class PpoSettings(Section):
     advantage: Literal["gae", "grpo", "rloo"] = Field(
         "gae",
         description="From the critic (GAE), or without one from the other answers to the prompt: grpo "
-        "(arXiv 2402.03300, 4.1), rloo (arXiv 2402.14740, 3.2); these need ppo.answers of 2 or more",
+        "(arXiv 2402.03300, 4.1; the loss stays a mean over tokens), rloo (arXiv 2402.14740, 3.2); "
+        "these need ppo.answers of 2 or more",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token (C.4: none)")
     lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation (Stiennon et al.)")

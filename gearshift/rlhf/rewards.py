@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -45,20 +45,25 @@ class Asked:
         lengths, tokens, ids = (field.tolist() for field in (rollouts.lengths, rollouts.tokens, rollouts.ids))
         return [self._by_prompt[ids[b], tuple(tokens[b][: lengths[b]])] for b in range(len(rollouts))]
 
-    @cached_property
-    def _by_prompt(self) -> dict[tuple[int, tuple[int, ...]], PromptRow]:
-        """Training and held-out rows are both numbered from 0: only with its tokens does a number name one row.
-
-        Raises UserError where the two hold the same prompt in the same place, with different fields.
-        """
-        found: dict[tuple[int, tuple[int, ...]], PromptRow] = {}
-        for row in (row for part in self._parts for row in part):
-            known = found.setdefault((row.id, tuple(row.tokens)), row)
+    def require_one_row_each(self) -> None:
+        """Raises UserError where two rows hold the same prompt in the same place, with different fields."""
+        for row in self._every():
+            known = self._by_prompt[row.id, tuple(row.tokens)]
             if known.extra != row.extra:
                 raise UserError(
                     f"{row.origin}: asks what {known.origin} asks, with other fields: a held-out prompt must not be "
                     "one that is trained on"
                 )
+
+    def _every(self) -> Iterator[PromptRow]:
+        return (row for part in self._parts for row in part)
+
+    @cached_property
+    def _by_prompt(self) -> dict[tuple[int, tuple[int, ...]], PromptRow]:
+        """Training and held-out rows are both numbered from 0: only with its tokens does a number name one row."""
+        found: dict[tuple[int, tuple[int, ...]], PromptRow] = {}
+        for row in self._every():
+            found.setdefault((row.id, tuple(row.tokens)), row)
         return found
 
     def responses(self, rollouts: Rollouts) -> list[str]:
@@ -184,7 +189,9 @@ class FunctionReward:
     """
 
     def __init__(self, function: RewardFunction, name: str, asked: Asked, world: World):
+        """Raises UserError where rows cannot be told apart by their prompts; see `Asked.require_one_row_each`."""
         self.function, self.name, self.asked, self.world = function, name, asked, world
+        asked.require_one_row_each()
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """[B] fp32. Collective. What one rank's call fails at, every rank raises as UserError."""

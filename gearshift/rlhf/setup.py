@@ -168,6 +168,8 @@ def rollout_of(rollout: RolloutSettings) -> dict[str, Any]:
         "slots": rollout.slots,
         "bucket_bytes": rollout.bucket_mb << 20,
         "keep_weights": rollout.keep_weights,
+        "attention": rollout.attention,
+        "cuda_graphs": rollout.cuda_graphs,
         "offload_optimizer": rollout.offload_optimizer,
     }
 

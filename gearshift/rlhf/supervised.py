@@ -47,7 +47,7 @@ def fit(
                 metrics.update(found)
             report.log(step, metrics)
             score = found.get(SCORE, -found["loss/validation"]) if validated and found else None
-            if best is not None and score is not None:
+            if best is not None and score is not None and validate_every:  # of one validation, the best is the last
                 best.offer(step, score)
             saver.after(step, score)
     saver.close()

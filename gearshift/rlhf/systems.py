@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from gearshift.engine import CausalModel, HybridEngine, RewardModel, Rollouts, World
+from gearshift.engine import CausalModel, HybridEngine, Rollouts, World
 from gearshift.engine.exchange import gather_rows
 from gearshift.engine.settings import RolloutSettings
 from gearshift.rlhf.compare_settings import SystemSettings
@@ -18,8 +18,9 @@ from gearshift.rlhf.data.batches import collate_prompts, collate_text
 from gearshift.rlhf.data.encoding import Block, Encoder, PromptRow
 from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.reporting import Report
+from gearshift.rlhf.rewards import Asked, load_reward
 from gearshift.rlhf.settings import CompareConfig
-from gearshift.rlhf.setup import dtype_of, encoder_of, sampling_of, text_blocks
+from gearshift.rlhf.setup import dtype_of, encoder_of, rollout_of, sampling_of, text_blocks
 from gearshift.rlhf.statistics import bootstrap_mean
 from gearshift.rlhf.supervised import evaluate
 
@@ -45,7 +46,7 @@ class Examined:
 
 
 class Examination:
-    """What all systems are held against: the prompts, the reward model and the reference, frozen, held-out text."""
+    """What all systems are held against: the prompts, the reward and the reference, frozen, held-out text."""
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class Examination:
             "micro_batch_size": config.compare.micro_batch_size,
             "deepspeed_extra": config.deepspeed,
         }
-        self._reward_model = RewardModel.load(config.reward.init, world, **common)
+        asked = Asked(encoder.tokenizer, config.data.keys, prompts, selection)
+        self._reward = load_reward(config.reward, asked, world, **common)
         self._reference = CausalModel.load(config.reference.init, world, **common)
         text = encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens)
         self._text: list[Block] = text_blocks("ptx.validation", config.ptx.validation, text, report)
@@ -85,19 +87,13 @@ class Examination:
         return Examined(answers, loss, candidates)
 
     def _load(self, init: str) -> HybridEngine:
-        rollout = self._config.rollout
         return HybridEngine.load(
             init,
             self._world,
             dtype=dtype_of(self._config.run, self._world),
             micro_batch_size=self._config.compare.micro_batch_size,
-            tp_size=rollout.tp_size,
-            slots=rollout.slots,
-            bucket_bytes=rollout.bucket_mb << 20,
-            keep_weights=rollout.keep_weights,
-            attention=rollout.attention,
-            cuda_graphs=rollout.cuda_graphs,
             deepspeed_extra=self._config.deepspeed,
+            **rollout_of(self._config.rollout),
         )
 
     def _candidate(self, policy: HybridEngine, rollout: RolloutSettings, prefix: str) -> dict[str, Any]:
@@ -117,7 +113,7 @@ class Examination:
             rollouts = generator.generate(collate_prompts(seen), sampling)
         plain = collate_prompts(mine).to(self._world.device)
         rollouts = dataclasses.replace(rollouts, tokens=plain.tokens, lengths=plain.lengths)
-        scores = self._reward_model.score(rollouts)
+        scores = self._reward.score(rollouts)
         # One reference for all systems, whatever the temperature that each of them writes at.
         ref_logprobs = self._reference.logprobs(rollouts, self._config.rollout.temperature)
         kl = ((rollouts.logprobs - ref_logprobs) * rollouts.mask).sum(1)

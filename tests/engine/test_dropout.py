@@ -63,3 +63,47 @@ def test_a_share_of_each_block_s_output_is_dropped_and_the_rest_scaled() -> None
     with dropping.on(4):
         assert not torch.equal(model.layers[0](ones), first)
     assert torch.equal(torch.get_rng_state(), state), "nothing else that is random may depend on it"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "olmo2", "glm4", "mixtral", "phi"])
+def test_the_stream_itself_is_left_alone(family: str) -> None:
+    """Where no layer adds anything, there is nothing to drop; where layers do, there is."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    dropping, tokens = ResidualDropout(model, 0.5, 0, one_world()), torch.arange(3, 11)[None]
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad(), dropping.on(1):
+            dropped: torch.Tensor = model(tokens).logits
+        with torch.no_grad():
+            return dropped - model(tokens).logits
+
+    assert logits().abs().max() > 1e-4
+    for layer in model.modules():
+        if isinstance(layer, nn.ModuleList):
+            for parameter in layer.parameters():
+                torch.nn.init.zeros_(parameter)
+    assert logits().abs().max() == 0
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_blocks_that_return_the_stream_are_refused(family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    assert residual_blocks(model) == []
+
+
+def test_what_a_norm_makes_of_a_block_is_dropped_after_it() -> None:
+    model = build_on_meta(_causal(), tiny_config("gemma2"), torch.float32)
+    assert {type(block).__name__ for block in residual_blocks(model)} == {"Gemma2RMSNorm"}
+
+
+def _causal() -> type:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM  # type: ignore[no-any-return]

@@ -178,8 +178,9 @@ def test_a_reward_model_that_reads_other_tokens_cannot_start_the_critic(here: Pa
     told = error_of("ppo", ppo_with(reward__init="foreign"))
     assert "critic.init: the tokenizer of the reward model foreign is not" in told
     load("ppo", write(ppo_with(reward__init="foreign", critic__init="sft")), ranks=2)
-    compared = changed(example("compare"), "reward.init", "foreign")
-    assert "reward.init: its tokenizer is not that of sft" in error_of("compare", compared)
+    load("compare", write(changed(example("compare"), "reward.init", "foreign")), ranks=2)
+    without_critic = ppo_with(reward__init="foreign", ppo__advantage="rloo", ppo__answers=2)
+    load("ppo", write(without_critic), ranks=2)
     model_folder(here / "small", {"a": 0, "b": 400}, architectures=["LlamaForSequenceClassification"], vocab_size=300)
     told = error_of("ppo", ppo_with(reward__init="small", critic__init="sft"))
     assert "reward.init: small: its config.json has vocab_size 300" in told
@@ -216,7 +217,7 @@ def test_a_function_as_the_reward(here: Path) -> None:
     assert "reward.init: no.such:thing cannot be found" in told
     told = error_of("ppo", ppo_with(reward__init=name, critic__init="sft", reward__chat_template=True))
     assert "which reads text" in told
-    assert "reward.init: is for gearshift ppo" in error_of("compare", changed(example("compare"), "reward.init", name))
+    load("compare", write(changed(example("compare"), "reward.init", name)), ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,6 @@ def test_a_fraction_that_rounds_to_no_text_is_refused(here: Path) -> None:
 def test_an_adaptive_coefficient_can_move_both_ways(here: Path) -> None:
     """The shortest horizon that passes leaves the largest step down, 1 − 0.2 · 64 / 13, above 0."""
     load("ppo", write(changed(example("ppo"), "ppo.kl", {"target": 6.0, "horizon": 13})), ranks=2)
-    load("ppo", write(changed(example("ppo"), "ppo.kl", {"coef": 0, "horizon": 1})), ranks=2)
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])

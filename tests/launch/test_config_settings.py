@@ -61,6 +61,17 @@ WRONG = [
         "ppo.importance_cap: weighs the training forward's log-probs against the rollout's",
     ),
     ("ppo.critic_iterations", 10, "ppo.critic_iterations: 10 leaves none of the 10 iterations for the policy"),
+    (
+        "ppo.kl",
+        {"horizon": 99},
+        "ppo.kl.horizon: only with ppo.kl.target, without which ppo.kl.coef stays: leave it out",
+    ),
+    ("ppo.best_kl", 1.0, "ppo.best_kl: needs validation: set data.validation and ppo.validate_every"),
+    (
+        "deepspeed.zero_optimization.offload_optimizer",
+        {"device": "nvme", "nvme_path": "swap"},
+        "ppo.ema: needs the optimizer's weights in memory, not on NVMe: set it to null",
+    ),
     ("ppo.ema", 1.0, "ppo.ema: should be less than 1, not 1.0"),
     ("ppo.dual_clip", 1.0, "ppo.dual_clip: should be greater than 1, not 1.0"),
     ("rollout.tp_size", 3, "rollout.tp_size: 3 does not divide the 2 ranks (run.ranks): use 1 or 2"),

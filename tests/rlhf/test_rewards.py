@@ -202,14 +202,15 @@ def test_ppo_with_a_function_and_with_another_s_reward_model(two_ranks: WorkerGr
         assert (tmp_path / f"run-{number}/critic/config.json").exists()
 
 
-def test_a_prompt_that_is_held_out_and_trained_on_is_not_told_apart() -> None:
+def test_a_prompt_that_is_held_out_and_trained_on_is_not_told_apart_by_a_function() -> None:
     """Unless its fields are the same, in which case it does not matter which one is meant."""
     tokenizer, rows = asked_rows()
     rollouts = made_rollouts(tokenizer, rows)
     other = [PromptRow(row.id, row.tokens, row.text, {**row.extra, "number": 9}, "held.jsonl:1") for row in rows]
-    assert Asked(tokenizer, Keys(), rows, rows).rows(rollouts) == rows
+    Asked(tokenizer, Keys(), rows, rows).require_one_row_each()
     with pytest.raises(UserError, match=r"held.jsonl:1: asks what rows.jsonl:1 asks, with other fields"):
-        Asked(tokenizer, Keys(), rows, other).rows(rollouts)
+        Asked(tokenizer, Keys(), rows, other).require_one_row_each()
+    assert Asked(tokenizer, Keys(), rows, other).rows(rollouts) == rows
 
 
 def test_functions_by_name() -> None:

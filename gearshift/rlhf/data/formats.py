@@ -105,9 +105,9 @@ def read_comparison(record: Record, keys: Keys) -> ComparisonText:
     if keys.completions in record.fields:
         return _read_ranked(record, keys)
     pair = _read_pair(record, keys)
-    if keys.margin is None or keys.margin not in record.fields:
+    if keys.margin is None:
         return pair
-    value = record.fields[keys.margin]
+    value = _field(record, keys.margin)
     margin = _number(record, value, f"field '{keys.margin}'", "a finite number of 0 or more", least=0.0)
     return dataclasses.replace(pair, margin=margin)
 
