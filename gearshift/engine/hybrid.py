@@ -62,8 +62,9 @@ class HybridEngine(CausalModel):
         self._recorder: Callable[[], Recorder] | None = CudaGraphs if captured else None
         self.shift_seconds = self.allocation_seconds = self.capture_seconds = self.offload_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
+        average = self.average.shards if self.average is not None else []
         aside = offload_optimizer and self.training is not None
-        self._optimizer_state = OptimizerState(self.engine.optimizer, self.world.device) if aside else None
+        self._optimizer_state = OptimizerState(self.engine.optimizer, self.world.device, average) if aside else None
         self._replica: Replica | None = None
         self._shift: Shift | None = None
         self._memory: Releasable | None = None

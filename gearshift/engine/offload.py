@@ -6,6 +6,7 @@ optimizers are torch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 
 class OptimizerState:
-    """The fp32 master weights and the moments of a DeepSpeed ZeRO-3 optimizer on this rank.
+    """The fp32 master weights and the moments of a DeepSpeed ZeRO-3 optimizer on this rank, and `more` tensors.
 
     Host memory for them is taken once, page-locked where there is a GPU, and kept. (On a CPU nothing is gained: it is
     the same memory.)
     """
 
-    def __init__(self, optimizer: Any, device: torch.device):
-        self._optimizer, self._device = optimizer, device
+    def __init__(self, optimizer: Any, device: torch.device, more: Sequence[Tensor] = ()):
+        self._optimizer, self._device, self._more = optimizer, device, more
         self._hosts: dict[int, Tensor] = {}
         self._aside: list[tuple[Tensor, Tensor]] = []
 
@@ -46,7 +47,7 @@ class OptimizerState:
         """All that the optimizer alone reads: not masters that are the very shards, as DeepSpeed may have them."""
         shards = {t.untyped_storage().data_ptr() for group in self._optimizer.fp16_partitioned_groups for t in group}
         state = [t for values in self._optimizer.optimizer.state.values() for t in values.values()]
-        found = [*self._optimizer.fp32_partitioned_groups_flat, *(t for t in state if torch.is_tensor(t))]
+        found = [*self._optimizer.fp32_partitioned_groups_flat, *self._more, *(t for t in state if torch.is_tensor(t))]
         here = (t for t in found if t.device.type == self._device.type and t.numel() > 1)  # a step's number may stay
         return [t for t in here if t.untyped_storage().data_ptr() not in shards]
 

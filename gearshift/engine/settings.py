@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import Annotated, Any, Literal
 
@@ -97,7 +98,8 @@ class RolloutSettings(Section):
         "rollouts, and so does the cache of keys and values, up to 4 GiB",
     )
     offload_optimizer: bool = Field(
-        False, description="Optimizer state (fp32 weights, moments) moves to host memory for the time of a rollout"
+        False,
+        description="Optimizer state (fp32 weights, their average, moments) moves to host memory during rollouts",
     )
     logprob_gap_limit: float | None = Field(
         None,
@@ -181,6 +183,9 @@ def check_attention_setting(attention: str, dtype: Dtype | None) -> None:
         raise SettingError("rollout.attention", "flash-attn knows no fp32: set run.dtype to bf16, or use sdpa")
     if importlib.util.find_spec("flash_attn") is None:
         raise SettingError("rollout.attention", 'flash needs flash-attn: pip install "gearshift[flash]", or use sdpa')
+    found = importlib.metadata.version("flash_attn")
+    if tuple(map(int, found.split(".")[:2])) < (2, 6):
+        raise SettingError("rollout.attention", f"flash needs flash-attn 2.6 or newer, not {found}, or use sdpa")
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def _check_prefixes(config: CompareConfig) -> None:
     """Prefixes are chosen on prompts of their own, or the chosen one would be flattered by the comparison."""
     selection = config.compare.selection
     choosing = [name for name, system in config.systems.items() if system.prefixes]
+    for name, system in config.systems.items():
+        if config.data.chat_template and (system.prefix or system.prefixes):
+            raise SettingError(
+                f"systems.{name}.{'prefix' if system.prefix else 'prefixes'}",
+                "goes before a prompt, and data.chat_template opens each with marks of its own: leave out one of them",
+            )
     for name in choosing:
         if config.systems[name].prefix:
             raise SettingError(f"systems.{name}.prefix", "prefixes are given to choose from: leave out one of the two")

@@ -101,6 +101,23 @@ def check_models(config: Config, ranks: int) -> None:
         if config.reference.init != "policy":
             fails("reference.init", folders.model_problem(config.reference.init, classifier=False))
     _check_tokens(config)
+    if isinstance(config, PpoConfig | CompareConfig):
+        for field, init in _inits(config):
+            _check_reader(config, field, init)
+
+
+def _check_reader(config: PpoConfig | CompareConfig, field: str, init: str) -> None:
+    """A model that reads what the policy wrote has positions for it; one with tokens of its own has others to read."""
+    if field == "reward.init" and folders.same_vocabulary(tokenizer_folder(config), init) is False:
+        return
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    positions = config_number(folders.model_config(init) or {}, "max_position_embeddings", "n_positions")
+    if positions and longest > positions:
+        raise SettingError(
+            field,
+            f"{init} has {positions} positions, and data.max_prompt_tokens + rollout.max_new_tokens are {longest}: "
+            "lower one of them",
+        )
 
 
 def _check_system(name: str, system: SystemSettings, config: CompareConfig, ranks: int) -> None:

@@ -26,7 +26,8 @@ class TrainSettings(Section):
     micro_batch_size: int = Field(
         8,
         ge=1,
-        description="Rows (reward: prompts, or pairs) per rank in one forward and backward; changes memory only",
+        description="Rows (reward: prompts, or pairs) per rank in one forward and backward; changes memory "
+        "alone (and with train.residual_dropout what is dropped)",
     )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")

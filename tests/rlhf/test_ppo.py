@@ -243,7 +243,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_ptx_adds_its_gradient_to_the_same_step(two_ranks: WorkerGroup, values: dict[str, Any]) -> None:
-    """PPO-ptx's gradient is PPO's + coef · the text's, in one optimizer step for each minibatch."""
+    """PPO-ptx's gradient is PPO's + coef · the text's, in one optimizer step for each minibatch, at any micro-batch."""
     with_text = changed(values, ptx={"coef": COEF}, optimizer={"max_grad_norm": 0.0})
     without = changed(values, ptx={"coef": 0.0}, optimizer={"max_grad_norm": 0.0})
     (ptx, policy_steps, critic_steps), _ = two_ranks.run(gradients_of_one_iteration, with_text)
@@ -251,7 +251,9 @@ def test_ptx_adds_its_gradient_to_the_same_step(two_ranks: WorkerGroup, values: 
     plain = two_ranks.run(gradients_of_one_iteration, without)[0][0]
     text = two_ranks.run(gradient_of_text, with_text)[0]
     both = {name: plain[0][name] + COEF * text[name] for name in text}
-    assert distance(ptx[0], both) < 1e-5
+    assert distance(ptx[0], both) < 1e-6
+    finer = two_ranks.run(gradients_of_one_iteration, changed(with_text, ppo={"micro_batch_size": 1}))[0][0]
+    assert distance(finer[0], both) < 1e-6
     assert distance(ptx[0], plain[0]) > 0.05
     assert distance(ptx[0], {name: COEF * t for name, t in text.items()}) > 0.05
 

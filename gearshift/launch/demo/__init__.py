@@ -47,7 +47,7 @@ def stages(full: bool) -> list[Stage]:
     recipe.append(Stage("ppo-ptx", "ppo", "ppo-ptx"))
     if not full:
         return [*recipe, Stage("compare", "compare", "compare")]
-    recipe[3:3] = [Stage(name, "sft", name) for name in ("flan", "t0")]  # after the reward model, which may choose them
+    recipe[3:3] = [Stage(name, "sft", name) for name in ("flan", "t0")]
     for name, settings in OTHER_ADVANTAGES.items():
         own = {"run.folder": name} | {key: str(value) for key, value in settings.items()}
         recipe.append(Stage(name, "ppo", "ppo", own))
