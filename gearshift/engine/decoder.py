@@ -2,41 +2,44 @@
 
 Letters: n rows, H hidden, r >= n rows that a recording has.
 
-On a GPU the step is recorded as a CUDA graph, so that its hundreds of small kernels cost one launch. A graph has fixed
-sizes and addresses: there is one for each of a few numbers of rows and widths of the cache, made when it is first
-needed, and all of them go when what they read moves.
+The step is recorded where that can be done, so that its hundreds of small operations cost no Python: on a GPU as a
+CUDA graph, on a processor as a `Tape`. A recording has fixed sizes and addresses: there is one for each of a few
+numbers of rows and (on a GPU) widths of the cache, and all of them go when what they read moves.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from gearshift.engine.distributed import now
-from gearshift.engine.sampling import Sampling, sample_tokens, uniforms
+from gearshift.engine.distributed import TensorParallelGroup, now
+from gearshift.engine.sampling import Sampling, sample_tokens
+from gearshift.engine.tape import Tape
 from gearshift.errors import one_line
+from gearshift.kernels import native
 
 if TYPE_CHECKING:
     from gearshift.engine.replica import Replica
 
-# Fewest rows that a recording has, where the cache has as many: few rows cost a GPU as much as one.
+# Fewest rows that a recording on a GPU has, where the cache has as many: few rows cost it as much as one.
 _FEWEST_ROWS = 8
+# On a processor, where more rows cost more: the most that gain from a recording, how often a number of rows must have
+# come up before one is made, and how many are made (each keeps the tensors of a step).
+_MOST_ROWS, _WORTH, _MOST_RECORDINGS = 32, 3, 8
 
 
 class Feed(NamedTuple):
-    """What a step reads of each row, `[n]` int64: its newest token and the position of it (−1: no row, its result is
-    never read), and what the next draw depends on (see `uniforms`; `counts`: tokens drawn so far)."""
+    """What a step reads of each row: its newest token `[n]` int64 and the position of it (−1: no row, its result is
+    never read), and the uniform `[n]` fp32 that the next draw is made with."""
 
     tokens: Tensor
     positions: Tensor
-    draws: Tensor
-    samples: Tensor
-    counts: Tensor
-    seeds: Tensor
+    uniforms: Tensor
 
 
 def decode_step(replica: Replica, sampling: Sampling, feed: Feed, width: int) -> tuple[Tensor, Tensor]:
@@ -46,18 +49,24 @@ def decode_step(replica: Replica, sampling: Sampling, feed: Feed, width: int) ->
     """
     replica.cache.begin_decode(feed.positions, width)
     hidden = replica.hidden(feed.tokens[:, None], feed.positions.clamp(min=0)[:, None])[:, -1]
-    return draw(replica, sampling, hidden, feed)
+    return draw(replica, sampling, hidden, feed.uniforms)
 
 
-def draw(replica: Replica, sampling: Sampling, hidden: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
+def draw(replica: Replica, sampling: Sampling, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens drawn [n] int64 after hidden states [n, H], and their log-probs [n] fp32."""
-    uniform = uniforms(feed.seeds, feed.draws, feed.samples, feed.counts)
     return sample_tokens(
-        hidden, replica.head, sampling.temperature, uniform, replica.group, sampling.top_k, sampling.top_p
+        hidden, replica.head, sampling.temperature, uniforms, replica.group, sampling.top_k, sampling.top_p
     )
 
 
 class Recorder(Protocol):
+    exact: bool
+    """A recording serves the very number of rows that it was made with, at any width of the cache."""
+    block: int
+    """Columns by which the cache grows: fewer steps of it are fewer recordings."""
+
+    def __init__(self) -> None: ...
+
     def record(self, step: Callable[[], None]) -> Callable[[], Any]:
         """Runs `step`, which reads and writes tensors that stay where they are; what is returned does it again."""
 
@@ -65,6 +74,8 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records on a GPU. Recordings share the memory of what they compute on the way, so each result has to be copied
     out before another one runs."""
+
+    exact, block = False, 256
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -80,6 +91,18 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         return graph.replay
+
+
+def recorder_of(group: TensorParallelGroup, dtype: torch.dtype, device: torch.device) -> type[Recorder] | None:
+    """What makes a recorder of steps, or None where they cannot be recorded.
+
+    On a processor: the attention must be the compiled one, whose cost does not grow with the cache's width, and the
+    group's sums must go through shared memory, since gloo's are not operations that could be done again.
+    """
+    if device.type == "cuda":
+        return CudaGraphs
+    compiled = device.type == "cpu" and dtype == torch.float32 and native.built() is not None
+    return Tape if compiled and (group.size == 1 or group.shares_memory) else None
 
 
 class _Size(NamedTuple):
@@ -98,7 +121,7 @@ class Decoder:
     `seconds`: what recording has taken since it was set to 0.
     """
 
-    def __init__(self, replica: Replica, device: torch.device, recorder: Callable[[], Recorder] | None = None):
+    def __init__(self, replica: Replica, device: torch.device, recorder: type[Recorder] | None = None):
         """`recorder`: makes one; None: nothing is recorded."""
         self._replica, self._device, self._new_recorder = replica, device, recorder
         self.seconds = 0.0
@@ -111,6 +134,8 @@ class Decoder:
     def forget(self) -> None:
         """Drop all recordings: what they read is about to go, or has gone."""
         self._table: dict[_Size, Callable[[], Any]] = {}
+        self._unproven: set[_Size] = set()  # exact ones that have not been held against the step itself
+        self._came: Counter[_Size] = Counter()
         self._recorder: Recorder | None = None
         self._version = -1  # of the cache that the recordings read
 
@@ -123,26 +148,60 @@ class Decoder:
             self._begin()
         n = len(feed.tokens)
         size = self._size(n, longest + 1, sampling)
-        given = torch.stack(feed)  # of which the tokens may be the last results, which recording writes over
-        self._feed[:, :n] = given
-        self._feed[Feed._fields.index("positions"), n : size.rows] = -1
-        if size not in self._table and not self._record(size, sampling):
-            return decode_step(self._replica, sampling, Feed(*given), longest + 1)
+        feed = feed._replace(tokens=feed.tokens.clone())  # maybe the last results, which recording writes over
+        for held, given in zip(self._feed, feed, strict=True):
+            held[:n] = given
+        self._feed.positions[n : size.rows] = -1
+        if size not in self._table and not (self._is_wanted(size) and self._record(size, sampling)):
+            return decode_step(self._replica, sampling, feed, longest + 1)
+        if size in self._unproven:
+            return self._prove(size, sampling, feed, longest)
         self._table[size]()
         return self._tokens[:n], self._logprobs[:n]
+
+    def _is_wanted(self, size: _Size) -> bool:
+        assert self._recorder is not None
+        if not self._recorder.exact:
+            return True
+        self._came[size] += 1
+        few = size.rows <= _MOST_ROWS and len(self._table) < _MOST_RECORDINGS
+        return few and self._came[size] > _WORTH
+
+    def _prove(self, size: _Size, sampling: Sampling, feed: Feed, longest: int) -> tuple[Tensor, Tensor]:
+        """The step itself and its recording, on what was not there when it was made: both must give the same bits.
+
+        A step that reads values through Python in a way that nobody has noticed would be found here.
+        """
+        tokens, logprobs = decode_step(self._replica, sampling, feed, longest + 1)
+        self._table[size]()
+        n = len(tokens)
+        same = torch.equal(tokens, self._tokens[:n]) and torch.equal(logprobs, self._logprobs[:n])
+        if self._all(same):
+            self._unproven.discard(size)
+        else:
+            self._give_up(RuntimeError("a recorded step gave other results than the step itself"))
+        return tokens, logprobs
+
+    def _all(self, holds: bool) -> bool:
+        """Whether it holds on every rank of the group. Collective."""
+        failed = self._replica.group.all_reduce(torch.tensor([float(not holds)], device=self._device))
+        return not bool(failed > 0)
 
     def _begin(self) -> None:
         self.forget()
         assert self._new_recorder is not None
         self._recorder, self._version = self._new_recorder(), self._replica.cache.version
         rows = self._replica.cache.rows
-        self._feed = torch.zeros(len(Feed._fields), rows, dtype=torch.int64, device=self._device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self._device)
         self._logprobs = torch.zeros(rows, device=self._device)
+        self._feed = Feed(*(torch.zeros_like(own) for own in (self._tokens, self._tokens, self._logprobs)))
 
     def _size(self, rows: int, width: int, sampling: Sampling) -> _Size:
-        """Powers of two, so that there are few recordings."""
+        """Powers of two on a GPU, so that there are few recordings."""
         cache = self._replica.cache
+        assert self._recorder is not None
+        if self._recorder.exact:
+            return _Size(rows, cache.capacity, sampling.temperature, sampling.top_k, sampling.top_p)
         blocks = -(-width // cache.block)
         return _Size(
             min(max(_FEWEST_ROWS, _power_of_two(rows)), cache.rows),
@@ -154,7 +213,7 @@ class Decoder:
 
     def _record(self, size: _Size, sampling: Sampling) -> bool:
         """Whether it could be done, on every rank of the group; if not, nothing is recorded from then on."""
-        feed = Feed(*self._feed[:, : size.rows])
+        feed = Feed(*(held[: size.rows] for held in self._feed))
         tokens, logprobs = self._tokens[: size.rows], self._logprobs[: size.rows]
 
         def step() -> None:
@@ -168,9 +227,10 @@ class Decoder:
             self._table[size] = self._recorder.record(step)
         except Exception as caught:
             error = caught
-        failed = self._replica.group.all_reduce(torch.tensor([float(error is not None)], device=self._device))
-        if bool(failed > 0):
+        if not self._all(error is None):
             self._give_up(error)
+        elif self._recorder.exact:
+            self._unproven.add(size)
         self.seconds += now(self._device) - start
         return self.records
 
@@ -179,7 +239,7 @@ class Decoder:
         self.forget()
         if error is not None or self._replica.group.rank == 0:
             name, why = type(self._replica.model).__name__, "another rank failed" if error is None else one_line(error)
-            print(f"gearshift: {name}: decoding goes on without CUDA graphs: {why}", file=sys.stderr)
+            print(f"gearshift: {name}: decoding goes on without recorded steps: {why}", file=sys.stderr)
 
 
 def _power_of_two(number: int) -> int:

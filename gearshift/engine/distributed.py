@@ -190,8 +190,8 @@ class TensorParallelGroup:
     """The ranks that hold one replica of the rollout weights together.
 
     `placement` says which; `rank` is this one's part, `index` its group. On CPU the all-reduce goes through DeepSpeed's
-    shared memory where that is right: it ignores the group, so only when the group is the whole world and the world is
-    one host.
+    shared memory where that is right (`shares_memory`): it ignores the group, so only when the group is the whole world
+    and the world is one host.
     """
 
     def __init__(self, world: World, size: int):
@@ -202,7 +202,7 @@ class TensorParallelGroup:
         if size > 1:
             groups = [dist.new_group(self.placement.group(g)) for g in range(self.placement.group_count)]
             self.group = groups[self.index]
-        self._shared_memory = (
+        self.shares_memory = (
             world.device.type == "cpu"
             and size == world.size == world.local_size
             and hasattr(torch.ops.deepspeed, "inference_all_reduce_")
@@ -213,7 +213,7 @@ class TensorParallelGroup:
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
-        if self._shared_memory and tensor.dtype == torch.float32:
+        if self.shares_memory and tensor.dtype == torch.float32:
             import deepspeed.comm
 
             return deepspeed.comm.inference_all_reduce(tensor)
@@ -225,7 +225,7 @@ class TensorParallelGroup:
         if self.size == 1:
             return tensor[None]
         # A sum with zeros elsewhere: exact, and it goes through shared memory, which has no all-gather.
-        if self._shared_memory and tensor.dtype == torch.float32:
+        if self.shares_memory and tensor.dtype == torch.float32:
             stacked = tensor.new_zeros(self.size, *tensor.shape)
             stacked[self.rank] = tensor
             return self.all_reduce(stacked)

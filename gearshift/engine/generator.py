@@ -23,12 +23,14 @@ from gearshift.engine.distributed import World
 from gearshift.engine.exchange import gather_rows
 from gearshift.engine.replica import Replica
 from gearshift.engine.room import check_memory, check_positions, position_bytes
-from gearshift.engine.sampling import Sampling
+from gearshift.engine.sampling import Sampling, uniforms
 from gearshift.engine.waiting import Admission, Waiting
 from gearshift.errors import UserError
 
 # Longest prefill: bounds the activations of a forward over prompts.
 PREFILL_TOKENS = 16_384
+# Uniforms that are worked out at a time, in some fifty small operations on int64.
+_UNIFORMS = 1 << 16
 
 R = TypeVar("R", bound=Rows)
 
@@ -153,6 +155,11 @@ class _Decoding:
         total, device = len(prompts), prompts.tokens.device
         self.responses = torch.zeros(total, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(total, sampling.max_new_tokens, dtype=torch.float32, device=device)
+        self.uniforms = torch.empty_like(self.logprobs)  # one for each token that may be drawn
+        counts = torch.arange(sampling.max_new_tokens, device=device)
+        for part in torch.arange(total, device=device).split(max(1, _UNIFORMS // sampling.max_new_tokens)):
+            draws, samples = prompts.draws[part, None], prompts.samples[part, None]
+            self.uniforms[part] = uniforms(sampling.seed, draws, samples, counts)
         self.counts = torch.zeros(total, dtype=torch.int64, device=device)
         self.finished = torch.zeros(total, dtype=torch.bool, device=device)
         self.eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=device)
@@ -170,18 +177,14 @@ class _Decoding:
 
     def _step(self, slots: _Slots) -> _Slots:
         """A token more for every slot, then refill or drop the slots that ended."""
-        feed = self._feed(slots)
+        counts = self.counts[slots.rows]
+        feed = Feed(slots.tokens, slots.positions, self.uniforms[slots.rows, counts])
         tokens, logprobs = self.replica.decoder.step(self.sampling, feed, slots.longest)
         slots = _Slots(slots.rows, slots.positions + 1, tokens, slots.longest + 1)
-        running = self._keep(slots, logprobs, feed.counts)
+        running = self._keep(slots, logprobs, counts)
         if bool(running.all()):
             return slots
         return self._fill(self._drop(slots, running))
-
-    def _feed(self, slots: _Slots) -> Feed:
-        rows, p = slots.rows, self.prompts
-        seeds = torch.full_like(rows, self.sampling.seed)
-        return Feed(slots.tokens, slots.positions, p.draws[rows], p.samples[rows], self.counts[rows], seeds)
 
     def _keep(self, slots: _Slots, logprobs: Tensor, counts: Tensor) -> Tensor:
         """Into the answers, of `counts [n]` tokens so far, go the slots' new tokens; which slots go on [n] bool."""
@@ -236,10 +239,10 @@ class _Decoding:
             sources = torch.tensor(new.sources, device=rows.device)
             self.replica.cache.move(sources, targets, int(lengths[read:].max()))
         slots = _Slots(rows, lengths, lengths, int(lengths.max()))
-        feed = self._feed(slots)
-        tokens, logprobs = draw(self.replica, self.sampling, hidden, feed)
+        counts = self.counts[rows]
+        tokens, logprobs = draw(self.replica, self.sampling, hidden, self.uniforms[rows, counts])
         slots = dataclasses.replace(slots, tokens=tokens)
-        return slots, self._keep(slots, logprobs, feed.counts)
+        return slots, self._keep(slots, logprobs, counts)
 
     def _prefill(self, rows: Tensor, first_slot: int) -> Tensor:
         """Whole prompts into slots from `first_slot`: hidden states [n, H] at their ends."""

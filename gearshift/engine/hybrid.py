@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
 from gearshift.engine.causal import CausalModel
-from gearshift.engine.decoder import CudaGraphs, Recorder
+from gearshift.engine.decoder import recorder_of
 from gearshift.engine.distributed import TensorParallelGroup, now
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
@@ -31,11 +31,11 @@ class HybridEngine(CausalModel):
     `bucket_bytes`: the most that a rank sends or receives in one exchange of the shift; `keep_weights`: the replica's
     weights and the shift's buffers stay in memory between rollouts, at the same addresses; `offload_optimizer`: the
     optimizer's state lies in host memory during rollouts; `attention`: of decoding, "sdpa" or "flash" (flash-attn);
-    `cuda_graphs`: on a GPU, steps of decoding are captured, and with `keep_weights` replayed in later rollouts too,
+    `record_steps`: steps of decoding are recorded (see `decoder`), and with `keep_weights` replayed in later rollouts,
     for which the cache of keys and values is kept as well, if it takes no more than `KEPT_CACHE_BYTES`.
 
     Of the last rollout: `shift_seconds` (0 where the replica had the newest weights already), `allocation_seconds` for
-    the memory of weights that had not been kept, `capture_seconds` for capturing CUDA graphs, `offload_seconds` for the
+    the memory of weights that had not been kept, `capture_seconds` for recording steps, `offload_seconds` for the
     optimizer state's way to the host and back;
     `shift_bytes` that this rank received, `shift_bytes_between_hosts` of them from other hosts.
     """
@@ -49,7 +49,7 @@ class HybridEngine(CausalModel):
         keep_weights: bool = True,
         offload_optimizer: bool = False,
         attention: str = "sdpa",
-        cuda_graphs: bool = True,
+        record_steps: bool = True,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -57,9 +57,7 @@ class HybridEngine(CausalModel):
         self.group = TensorParallelGroup(self.world, tp_size)
         self.slots, self.bucket_bytes, self.keep_weights = slots, bucket_bytes, keep_weights
         self._flash = flash_kernel(self.dtype, self.world.device) if attention == "flash" else None
-        # gloo's collectives, and what computes on a processor, cannot be captured.
-        captured = cuda_graphs and self.world.device.type == "cuda"
-        self._recorder: Callable[[], Recorder] | None = CudaGraphs if captured else None
+        self._recorder = recorder_of(self.group, self.dtype, self.world.device) if record_steps else None
         self.shift_seconds = self.allocation_seconds = self.capture_seconds = self.offload_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
         average = self.average.shards if self.average is not None else []

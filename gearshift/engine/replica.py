@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +21,10 @@ from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
-from gearshift.engine.parallel_layers import bind_shares
+from gearshift.engine.parallel_layers import bind_norm, bind_shares
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers
 from gearshift.kernels import FlashKernel, few_rows_linear
-
-# Columns by which the cache of a replica that records its steps grows.
-_BLOCK = 256
 
 
 class Replica:
@@ -45,7 +41,7 @@ class Replica:
         group: TensorParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
-        recorder: Callable[[], Recorder] | None = None,
+        recorder: type[Recorder] | None = None,
         flash: FlashKernel | None = None,
     ):
         from transformers import AutoModelForCausalLM
@@ -55,7 +51,7 @@ class Replica:
         config._attn_implementation = ATTENTION_NAME
         self.stamp: tuple[int, bool] | None = None
         self.group = group
-        self.cache = KeyValueCache(rotary_limit(config), 1 if recorder is None else _BLOCK, flash)
+        self.cache = KeyValueCache(rotary_limit(config), 1 if recorder is None else recorder.block, flash)
         self.decoder = Decoder(self, device, recorder)
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
         self.layout = TensorParallelLayout.of(self.model, group.size)
@@ -108,6 +104,8 @@ class Replica:
                 self._bind_row(module)
             elif is_plain_linear(module):
                 _bind_linear(module)
+            elif role is None:
+                bind_norm(module)
         bind_shares(self.model, self.layout, self.group)
 
     def _bind_row(self, module: nn.Module) -> None:

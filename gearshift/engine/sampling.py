@@ -70,12 +70,10 @@ _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
-def uniforms(seed: int | Tensor, draws: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-    """One number in (0, 1) for each row: fp32, the middle of one of 2^23 equal parts, from a hash of the indices.
-
-    seed: one for all rows, or `[n]` int64.
-    """
-    state = torch.full_like(draws, seed) if isinstance(seed, int) else seed
+def uniforms(seed: int, draws: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+    """One number in (0, 1) for each triple of indices (int64, broadcast): fp32, the middle of one of 2^23 equal parts,
+    from a hash of seed and indices."""
+    state = torch.full_like(draws, seed)
     for index in (draws, samples, positions):
         state = _splitmix(state + _INCREMENT + index * _MIX_1)
     # 23 bits and a half are exact in fp32: with one more the largest would round to 1.

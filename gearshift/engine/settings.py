@@ -92,10 +92,10 @@ class RolloutSettings(Section):
     attention: Literal["sdpa", "flash"] = Field(
         "sdpa", description="Attention of decoding; flash: by flash-attn, which has to be installed, on a GPU in bf16"
     )
-    cuda_graphs: bool = Field(
+    record_steps: bool = Field(
         True,
-        description="On a GPU, decoding is replayed from CUDA graphs; with keep_weights these stay in memory between "
-        "rollouts, and so does the cache of keys and values, up to 4 GiB",
+        description="Steps of decoding are recorded and done again without Python (CUDA graphs on a GPU); with "
+        "keep_weights recordings stay between rollouts, and so does the cache of keys and values, up to 4 GiB",
     )
     offload_optimizer: bool = Field(
         False,

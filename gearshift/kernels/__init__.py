@@ -12,6 +12,7 @@ from gearshift.kernels.linear_logprob import LogProbs, linear_logprob
 from gearshift.kernels.losses import Loss
 from gearshift.kernels.policy_loss import policy_loss
 from gearshift.kernels.ppo_targets import Targets, ppo_targets
+from gearshift.kernels.rms_norm import rms_norm
 from gearshift.kernels.score_attention import score_attention
 from gearshift.kernels.value_loss import value_loss
 
@@ -29,6 +30,7 @@ __all__ = [
     "linear_logprob",
     "policy_loss",
     "ppo_targets",
+    "rms_norm",
     "score_attention",
     "value_loss",
 ]

@@ -26,10 +26,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return _turned(x, weight, bias) if rows > 1 else linear(x, weight, bias)
     out = torch.empty(*x.shape[:-1], weight.shape[0])
     x = x.contiguous()
-    failed = native.function("few_rows_linear", "iiipppp")(
-        rows, weight.shape[1], weight.shape[0], *map(native.pointer, (x, weight, bias, out))
-    )
-    if failed:
+    product = native.function("few_rows_linear", "iiipppp")
+    pointers = map(native.pointer, (x, weight, bias, out))
+    if native.run(functools.partial(product, rows, weight.shape[1], weight.shape[0], *pointers)):
         raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {weight.shape[1]} features")
     return out
 

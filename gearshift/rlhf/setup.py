@@ -169,7 +169,7 @@ def rollout_of(rollout: RolloutSettings) -> dict[str, Any]:
         "bucket_bytes": rollout.bucket_mb << 20,
         "keep_weights": rollout.keep_weights,
         "attention": rollout.attention,
-        "cuda_graphs": rollout.cuda_graphs,
+        "record_steps": rollout.record_steps,
         "offload_optimizer": rollout.offload_optimizer,
     }
 

@@ -27,6 +27,7 @@ class Recording:
     """
 
     made = 0
+    exact, block = False, 256
 
     def record(self, step: Callable[[], None]) -> Callable[[], Any]:
         step()

@@ -66,6 +66,10 @@ class NoTransfers(TorchDispatchMode):
         return out
 
 
+def feed_of(rows: Tensor) -> Feed:
+    return Feed(rows, rows, rows.float())
+
+
 def step_without_values(
     family: str, sampling: Sampling, flash: FlashKernel | None = None, ask: Callable[[Tensor], Any] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +83,7 @@ def step_without_values(
             lambda module, args, out: (ask(args[0][:, 0]), out)[1]
         )
     with torch.no_grad(), NoTransfers():
-        return decode_step(replica, sampling, Feed(*torch.empty(6, 6, dtype=torch.int64, device=META)), 32)
+        return decode_step(replica, sampling, feed_of(torch.empty(6, dtype=torch.int64, device=META)), 32)
 
 
 WAYS = {
@@ -217,7 +221,7 @@ def test_rows_that_are_not_there_write_where_nobody_reads(recording: None) -> No
     recorded.hidden(torch.full((8, 5), 7), torch.arange(5).expand(8, 5))
     before = [(keys.clone(), values.clone()) for keys, values in recorded.cache._layers.values()]
     two = torch.tensor([4, 2])
-    recorded.decoder.step(Sampling(4, eos_ids=()), Feed(*[two] * 6), 4)
+    recorded.decoder.step(Sampling(4, eos_ids=()), feed_of(two), 4)
     for layer, (keys, values) in recorded.cache._layers.items():
         for old, new in zip(before[layer], (keys, values), strict=True):
             changed = (old != new).any(-1).any(1).nonzero().tolist()
@@ -271,7 +275,7 @@ def test_all_ranks_go_on_without_recordings_when_one_fails(
         monkeypatch.setattr(replica, "hidden", lambda tokens, positions: torch.zeros(len(tokens), 1, 32))
         one = torch.zeros(1, dtype=torch.int64)
         before = replica.decoder.records
-        replica.decoder.step(Sampling(4, eos_ids=()), Feed(*[one] * 6), 0)
+        replica.decoder.step(Sampling(4, eos_ids=()), feed_of(one), 0)
         return before, replica.decoder.records
 
     assert on_ranks(2, on) == [(True, False)] * 2

@@ -15,7 +15,7 @@ def sum_in_shared_memory(world: World) -> tuple[bool, float, list[str]]:
     group = TensorParallelGroup(world, 2)
     tensor = torch.full((1000,), float(world.rank + 1))
     left = [f.name for f in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
-    return group._shared_memory, float(group.all_reduce(tensor)[-1]), left
+    return group.shares_memory, float(group.all_reduce(tensor)[-1]), left
 
 
 def test_shared_memory_has_no_name_once_every_rank_has_it(two_ranks: WorkerGroup) -> None:

@@ -26,7 +26,7 @@ def generate(world: World, folder: str, tp_size: int, slots: int, order: int, co
     policy = policy_of(world, folder, tp_size, slots=slots)
     if tp_size == 4:
         # DeepSpeed's shared memory makes ranks spin: four of them on fewer cores would take minutes.
-        policy.group._shared_memory = False
+        policy.group.shares_memory = False
     shuffled = torch.randperm(PROMPTS, generator=torch.Generator().manual_seed(order))[:count]
     mine = some_prompts(PROMPTS).select(shuffled[world.share(count)])
     with policy.rollout() as generator:

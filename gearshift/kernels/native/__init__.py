@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,26 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     return found
 
 
+_notes: list[Callable[[Callable[[], int]], None]] = []
+
+
+def run(call: Callable[[], int]) -> int:
+    """`call()`, a call of the library whose arguments stay what they are; told to who has asked for that (`noted`)."""
+    for note in _notes:
+        note(call)
+    return call()
+
+
+@contextmanager
+def noted(note: Callable[[Callable[[], int]], None]) -> Iterator[None]:
+    """Every call of the library in here is given to `note`."""
+    _notes.append(note)
+    try:
+        yield
+    finally:
+        _notes.remove(note)
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -55,7 +76,9 @@ def over_rows(work: Callable[[int, int], T], rows: int) -> list[T]:
     waits for a helper that the system starts late, such as behind OpenMP's threads, which spin for a while after work.
     """
     threads = min(rows, torch.get_num_threads())
-    parts = min(rows, PARTS_A_THREAD * threads) if threads > 1 else threads
+    if threads == 1:
+        return [work(0, rows)]
+    parts = min(rows, PARTS_A_THREAD * threads)
     heap = iter([(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)])
 
     def drain() -> list[T]:

@@ -1,0 +1,190 @@
+"""Steps of decoding on a processor, recorded: what was done to which tensors, without the Python that decided it.
+
+A step of a small batch is hundreds of operations of a few microseconds each, and as much again for the modules that
+call them. A recording keeps every tensor of one step and does the same operations on them again, in place, as a CUDA
+graph does on a GPU. Some that follow each other are done as one, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gearshift.kernels import native
+from gearshift.kernels.rotate_half import rotate_half
+
+Call = Callable[[], Any]
+
+# What gives values to Python, or as much as the values say: another step would need another recording.
+_READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
+_TO_PYTHON = {"tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+_MEMORY_ALONE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """An operation (name "" for a call of the compiled library) and what does it again."""
+
+    name: str
+    args: tuple[Any, ...]
+    out: Any
+    call: Call
+
+
+class Tape:
+    """Records steps on processors; see `Recorder`.
+
+    `record` raises RuntimeError for a step whose operations depend on what tensors hold.
+    """
+
+    exact, block = True, 1
+
+    def record(self, step: Call) -> Call:
+        log = _Log()
+        with native.noted(log.note), _NothingToPython(), log:
+            step()
+        return partial(_replay, [done.call for done in joined(log.done)], log.kept)
+
+
+@torch.inference_mode()
+def _replay(calls: list[Call], kept: list[Any]) -> None:
+    """`kept`: the tensors that compiled functions among the calls know by their addresses alone."""
+    for call in calls:
+        call()
+
+
+class _NothingToPython(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _TO_PYTHON:
+            raise RuntimeError(f"{func.__name__} reads a tensor's values")
+        return func(*args, **(kwargs or {}))
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[Done] = []
+        self.kept: list[Any] = []
+
+    def note(self, call: Call) -> None:
+        self.done.append(Done("", (), None, call))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in _READS:
+            raise RuntimeError(f"{name} reads a tensor's values")
+        out = func(*args, **kwargs)
+        self.kept.append((args, kwargs, out))
+        if not func.is_view and name not in _MEMORY_ALONE:
+            call = _again(func, args, kwargs, out)
+            if call is not None:
+                self.done.append(Done(name, args, out, call))
+        return out
+
+
+# --- an operation, again ---------------------------------------------------------------------------------------------
+
+
+def _again(func: Any, args: Any, kwargs: Any, out: Any) -> Call | None:
+    """The operation with its results where they were; None where it only gave a view."""
+    results = _tensors(out)
+    # `_op`: past a wrapper of Python.
+    if func._schema.is_mutable:
+        return partial(func._op, *args, **kwargs)
+    given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+    if all(result.untyped_storage().data_ptr() in given for result in results):
+        return None
+    found = _out_variant(func)
+    if found is None:
+        return partial(_copied, func, args, kwargs, results)
+    overload, names = found
+    known = {argument.name for argument in overload._schema.arguments}
+    own = {name: value for name, value in kwargs.items() if name in known}
+    return partial(overload._op, *args, **own, **dict(zip(names, results, strict=True)))
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def _copied(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+    for result, value in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+        result.copy_(value)
+
+
+def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
+    """The overload that writes into given tensors, and what it calls them."""
+    own = [(a.name, str(a.type)) for a in func._schema.arguments if not a.kwarg_only]
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        outs = [a.name for a in overload._schema.arguments if a.is_out]
+        rest = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out and not a.kwarg_only]
+        if outs and len(outs) == len(func._schema.returns) and rest == own:
+            return overload, outs
+    return None
+
+
+# --- several as one --------------------------------------------------------------------------------------------------
+
+_ROTATION = ["mul", "neg", "cat", "mul", "add"]
+
+
+def joined(done: list[Done]) -> list[Done]:
+    """The same work, rotary embeddings by `rotate_half`."""
+    found: list[Done] = []
+    at = 0
+    while at < len(done):
+        some = done[at : at + len(_ROTATION)]
+        call = _rotation(some) if [one.name for one in some] == _ROTATION else None
+        found.append(done[at] if call is None else Done("rotate_half", (), some[-1].out, call))
+        at += 1 if call is None else len(_ROTATION)
+    return found
+
+
+def _rotation(some: list[Done]) -> Call | None:
+    """x · cos + cat(−x₂, x₁) · sin of x `[n, h, 1, D]` in halves x₁ and x₂, as `transformers` writes it; else None."""
+    straight, negated, turned, weighted, total = some
+    if any(len(one.args) != 2 for one in (straight, turned, weighted, total)) or turned.args[1] not in (-1, 3):
+        return None
+    (x, cos), (parts, _), (also_turned, sin) = straight.args, turned.args, weighted.args
+    tensors = [x, cos, sin, also_turned, *parts, *total.args, *negated.args]
+    if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in tensors) or len(parts) != 2:
+        return None
+    if x.dim() != 4 or x.shape[2] != 1 or x.shape[3] % 2 or x.stride(3) != 1 or total.out.stride(3) != 1:
+        return None
+    first, second = x.chunk(2, -1)
+    angles = (x.shape[0], 1, 1, x.shape[3])
+    fits = (
+        _same(parts[0], negated.out)
+        and _same(parts[1], first)
+        and _same(negated.args[0], second)
+        and _same(also_turned, turned.out)
+        and _same(total.args[0], straight.out)
+        and _same(total.args[1], weighted.out)
+        and all(t.dim() == 4 and t.expand(angles).stride(3) == 1 for t in (cos, sin) if _broadcasts(t, angles))
+        and all(_broadcasts(t, angles) for t in (cos, sin))
+    )
+    if not fits:
+        return None
+    cos, sin = (t.expand(angles)[:, 0, 0] for t in (cos, sin))
+    calls: list[Call] = []
+    with native.noted(calls.append):  # what it comes to, without the Python before it
+        rotate_half(x[:, :, 0], cos, sin, total.out[:, :, 0])
+    return calls[0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor.dim() == len(shape) and all(own in (1, n) for own, n in zip(tensor.shape, shape, strict=True))
