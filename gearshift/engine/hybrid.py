@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from gearshift.engine.causal import CausalModel
-from gearshift.engine.decoder import recorder_of
+from gearshift.engine.decoder import Recorder, recorder_of
 from gearshift.engine.distributed import TensorParallelGroup, now
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
@@ -57,7 +57,8 @@ class HybridEngine(CausalModel):
         self.group = TensorParallelGroup(self.world, tp_size)
         self.slots, self.bucket_bytes, self.keep_weights = slots, bucket_bytes, keep_weights
         self._flash = flash_kernel(self.dtype, self.world.device) if attention == "flash" else None
-        self._recorder = recorder_of(self.group, self.dtype, self.world.device) if record_steps else None
+        self._record_steps = record_steps
+        self._recorder: type[Recorder] | None = None
         self.shift_seconds = self.allocation_seconds = self.capture_seconds = self.offload_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
         average = self.average.shards if self.average is not None else []
@@ -143,6 +144,8 @@ class HybridEngine(CausalModel):
     def _gear(self) -> tuple[Replica, Shift, Releasable]:
         """What the first rollout builds, and all others use."""
         if self._replica is None or self._shift is None or self._memory is None:
+            if self._record_steps and self._recorder is None:
+                self._recorder = recorder_of(self.group, self.dtype, self.world.device)
             self._replica = Replica(self.config, self.group, self.dtype, self.world.device, self._recorder, self._flash)
             self._replica.take_buffers(self.module)
             plan = ReshardPlan.build(

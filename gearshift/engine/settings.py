@@ -183,7 +183,10 @@ def check_attention_setting(attention: str, dtype: Dtype | None) -> None:
         raise SettingError("rollout.attention", "flash-attn knows no fp32: set run.dtype to bf16, or use sdpa")
     if importlib.util.find_spec("flash_attn") is None:
         raise SettingError("rollout.attention", 'flash needs flash-attn: pip install "gearshift[flash]", or use sdpa')
-    found = importlib.metadata.version("flash_attn")
+    try:
+        found = importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:  # on the path, not installed: nobody says which one it is
+        return
     if tuple(map(int, found.split(".")[:2])) < (2, 6):
         raise SettingError("rollout.attention", f"flash needs flash-attn 2.6 or newer, not {found}, or use sdpa")
 

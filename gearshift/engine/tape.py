@@ -80,7 +80,9 @@ class _Log(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in _READS:
+        if func.namespace == "c10d":
+            raise RuntimeError(f"{name} is a sum over ranks that goes on beside the step")
+        if name in _READS or (name.startswith("index") and _has_mask(args)):
             raise RuntimeError(f"{name} reads a tensor's values")
         out = func(*args, **kwargs)
         self.kept.append((args, kwargs, out))
@@ -89,6 +91,11 @@ class _Log(TorchDispatchMode):
             if call is not None:
                 self.done.append(Done(name, args, out, call))
         return out
+
+
+def _has_mask(args: Any) -> bool:
+    """An index by truth values picks as many as are true."""
+    return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1:2]))
 
 
 # --- an operation, again ---------------------------------------------------------------------------------------------

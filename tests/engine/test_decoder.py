@@ -255,7 +255,7 @@ def test_without_recordings_when_one_cannot_be_made(
     assert Recording.made == works
     assert not replica.decoder.records
     assert capsys.readouterr().err == (
-        "gearshift: LlamaForCausalLM: decoding goes on without CUDA graphs: operation not permitted when stream is "
+        "gearshift: LlamaForCausalLM: decoding goes on without recorded steps: operation not permitted when stream is "
         "capturing\n"
     )
 

@@ -169,7 +169,10 @@ def record(world: World, folder: str, tp_size: int, keep_weights: bool, kept_byt
     mine = some_prompts(6).select(world.share(6))
     found: dict[str, Any] = {"made": [], "seconds": [], "cache": [], "answers": []}
     training = Training(learning_rate=1e-2, optimizer="sgd")
-    plain, policy = (_policy(world, folder, tp_size, training, slots=2, keep_weights=keep_weights) for _ in range(2))
+    plain, policy = (
+        _policy(world, folder, tp_size, training, slots=2, keep_weights=keep_weights, record_steps=record_steps)
+        for record_steps in (False, True)
+    )
     policy._recorder = Recording if tp_size == 1 else Again
     with torch_only(), patch.object(hybrid, "KEPT_CACHE_BYTES", kept_bytes):
         for _ in range(2):

@@ -203,6 +203,7 @@ def alternate(world: World, folder: str, tp_size: int, times: int) -> dict[str, 
         policy.step()
         if turn in (1, times - 1):
             del rollouts, before, after, gap
+            policy._replica.decoder.forget()  # type: ignore[union-attr]  # what recordings keep, they keep on purpose
             found["bytes"].append(live_bytes())
     return found
 
