@@ -7,7 +7,6 @@ a new model alone takes seconds, since `transformers` is asked whether such a mo
 from __future__ import annotations
 
 import importlib.util
-import math
 from typing import TypeGuard
 
 from gearshift.engine.settings import RolloutSettings, check_attention_setting, check_shift
@@ -15,12 +14,11 @@ from gearshift.errors import SettingError
 from gearshift.launch import folders
 from gearshift.launch.compare_checks import check_comparison
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
+from gearshift.launch.ppo_checks import check_ppo, divides
 from gearshift.launch.rows import readers, row_problems
-from gearshift.rlhf.ppo_settings import KlSettings, PpoSettings
 from gearshift.rlhf.settings import (
     CompareConfig,
     Config,
-    CriticSettings,
     DataSettings,
     PpoConfig,
     PretrainConfig,
@@ -50,17 +48,12 @@ def check(config: Config, ranks: int) -> None:
             "run.ranks", f"{config.run.ranks}, but the launcher starts {ranks} processes: leave run.ranks out"
         )
     if isinstance(config, PretrainConfig):
-        _divides("train.batch_size", config.train.batch_size, ranks, f"the {ranks} ranks (run.ranks)")
+        divides("train.batch_size", config.train.batch_size, ranks, f"the {ranks} ranks (run.ranks)")
     if isinstance(config, SftConfig):
         _check_pretraining_mix(config.train)
         _check_choice(config)
     if isinstance(config, PpoConfig):
-        _check_ppo_batches(config, ranks)
-        _check_adaptive_kl(config)
-        _check_advantage(config)
-        _check_average(config)
-        _check_best(config)
-        _check_ptx(config)
+        check_ppo(config, ranks)
     if isinstance(config, PpoConfig | CompareConfig) or _answers(config):
         _check_rollout(config, ranks)
     check_run_folder(config, ranks)
@@ -78,120 +71,7 @@ def check(config: Config, ranks: int) -> None:
         raise SettingError(field, problem)
 
 
-# --- batch sizes -----------------------------------------------------------------------------------------------------
-
-
-def _divides(field: str, value: int, divisor: int, what: str, step: int | None = None) -> None:
-    """`value` splits into `divisor` equal parts; the values named as right are multiples of `step`."""
-    if value % divisor == 0:
-        return
-    step = step or divisor
-    below = value // step * step
-    near = f"{below} or {below + step}" if below else f"{step}"
-    raise SettingError(field, f"{value} does not divide by {what}: use {near}")
-
-
-def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
-    ppo = config.ppo
-    step = ppo.minibatches * ranks
-    _divides("ppo.batch_size", ppo.batch_size, ranks, f"the {ranks} ranks (run.ranks)", step)
-    _divides("ppo.batch_size", ppo.batch_size, ppo.minibatches, f"ppo.minibatches = {ppo.minibatches}", step)
-    _divides("ppo.batch_size", ppo.batch_size, ppo.answers, f"ppo.answers = {ppo.answers}", math.lcm(step, ppo.answers))
-    if ppo.minibatch_size % ranks:
-        fitting = numbers(m for m in range(1, ppo.batch_size // ranks + 1) if ppo.batch_size // ranks % m == 0)
-        raise SettingError(
-            "ppo.minibatches",
-            f"{ppo.minibatches} makes minibatches of {ppo.minibatch_size} episodes (of ppo.batch_size = "
-            f"{ppo.batch_size}), which do not divide by the {ranks} ranks (run.ranks): use {fitting}",
-        )
-    _divides("ppo.episodes", ppo.episodes, ppo.batch_size, f"ppo.batch_size = {ppo.batch_size}")
-
-
-def _check_adaptive_kl(config: PpoConfig) -> None:
-    kl, episodes = config.ppo.kl, config.ppo.batch_size
-    if kl.target is None:
-        for name in ("horizon", "clamp"):
-            if getattr(kl, name) != getattr(KlSettings(), name):
-                raise SettingError(
-                    f"ppo.kl.{name}", "only with ppo.kl.target, without which ppo.kl.coef stays: leave it out"
-                )
-        return
-    if kl.coef == 0:
-        raise SettingError("ppo.kl.coef", "0 times anything stays 0, so ppo.kl.target would do nothing: start at 0.02")
-    # The largest step down multiplies by 1 - clamp batch_size / horizon, which must stay above 0.
-    if kl.horizon <= kl.clamp * episodes:
-        raise SettingError(
-            "ppo.kl.horizon",
-            f"{kl.horizon} is so short that one iteration of ppo.batch_size = {episodes} can take ppo.kl.coef to 0 for "
-            f"ever: use at least {math.floor(kl.clamp * episodes) + 1}, better several times ppo.batch_size "
-            "(Ziegler et al.: 10000)",
-        )
-
-
-def _check_advantage(config: PpoConfig) -> None:
-    """What needs a critic, or a group of answers, or the training forward's log-probs, has it."""
-    ppo = config.ppo
-    group = ppo.advantage != "gae"
-    untouched = PpoSettings()
-    for wrong, field, problem in (
-        (
-            group and ppo.answers < 2,
-            "ppo.answers",
-            f"ppo.advantage: {ppo.advantage} compares the answers to a prompt: set 2 or more, not {ppo.answers}",
-        ),
-        *(
-            (
-                group and getattr(ppo, name) != getattr(untouched, name),
-                f"ppo.{name}",
-                f"ppo.advantage: {ppo.advantage} has no critic, so it would not be read: leave it out",
-            )
-            for name in ("lam", "gamma", "value_clip", "critic_iterations", "whiten_rewards", "whiten")
-        ),
-        (
-            group and config.critic != CriticSettings(),
-            "critic",
-            f"ppo.advantage: {ppo.advantage} has no critic: leave the section out",
-        ),
-        (
-            ppo.kl.where == "loss" and ppo.kl.estimator not in ("k2", "k3"),
-            "ppo.kl.estimator",
-            f"{ppo.kl.estimator} is no penalty in a loss (ppo.kl.where: loss): use k3 or k2",
-        ),
-        (
-            ppo.importance_cap is not None and ppo.old_logprobs != "training",
-            "ppo.importance_cap",
-            "weighs the training forward's log-probs against the rollout's: set ppo.old_logprobs: training",
-        ),
-        (
-            ppo.critic_iterations >= ppo.iterations,
-            "ppo.critic_iterations",
-            f"{ppo.critic_iterations} leaves none of the {ppo.iterations} iterations for the policy",
-        ),
-    ):
-        if wrong:
-            raise SettingError(field, problem)
-
-
-def _check_best(config: PpoConfig) -> None:
-    if config.ppo.best_kl is not None and not config.data.validation:
-        raise SettingError("ppo.best_kl", "needs validation: set data.validation and ppo.validate_every")
-
-
-def _check_average(config: PpoConfig) -> None:
-    """The average is kept beside the fp32 weights, which must be in memory."""
-    zero = config.deepspeed.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    if config.ppo.ema is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise SettingError("ppo.ema", "needs the optimizer's weights in memory, not on NVMe: set it to null")
-
-
-def _check_ptx(config: PpoConfig) -> None:
-    if config.ptx.weight > 0 and not config.ptx.data:
-        raise SettingError("ptx.data", "needed with ptx.coef above 0: sources of pretraining text")
-    if config.ptx.data and config.ptx.weight == 0:
-        raise SettingError(
-            "ptx.data", "with ptx.coef 0 this is plain PPO: leave ptx.coef out (27.8, as InstructGPT's), or ptx.data"
-        )
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def _answers(config: Config) -> TypeGuard[SftConfig]:
