@@ -39,7 +39,7 @@ def episodes(seed: int = 0) -> Episodes:
     responses = torch.randint(3, 131, (ROWS, 7), generator=g)
     return Episodes(
         tokens, lengths, row, row, row * 0, responses, -4 - noise().abs(), mask, row > 0,
-        noise(), noise(), noise()[:, 0], noise(), noise(), noise(), noise(),
+        noise(), noise(), noise()[:, 0], noise(), noise(), noise(), noise(), mask.float(),
     )  # fmt: skip
 
 

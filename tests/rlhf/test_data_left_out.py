@@ -16,17 +16,18 @@ from gearshift.rlhf.data.sources import read_sources
 from gearshift.rlhf.data.tokenizers import train_tokenizer
 from tests.rlhf.tiny import save_policy
 
-GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
+GOOD = {"prompt": "q", "chosen": "a", "rejected": "b", "by": 0.5}
 RANKED = '{"context": "q", "completions": [{"text": "a", "rank": 1}, {"text": "b", "rank": %s}]}'
 BROKEN = {
     '{"prompt": "q", "chosen"': "is not valid JSON",
     "[1]": "a row must be a JSON object",
     '{"prompt": "q", "chosen": "a"}': "no field 'rejected'",
-    '{"prompt": "", "chosen": "a", "rejected": "b"}': "the prompt is empty",
+    '{"prompt": "", "chosen": "a", "rejected": "b", "by": 1}': "the prompt is empty",
     '{"prompt": "q", "chosen": "a", "rejected": null}': "field 'rejected' must be text",
     RANKED % "NaN": "completions[1].rank must be a finite number",
     RANKED % "1e999": "completions[1].rank must be a finite number",
     RANKED % ("9" * 400): "completions[1].rank must be a finite number",
+    '{"prompt": "q", "chosen": "a", "rejected": "b"}': "no field 'by'",
     '{"prompt": "q", "chosen": "a", "rejected": "b", "by": -1}': "field 'by' must be a finite number of 0 or more",
 }
 FILTERED = {
