@@ -51,7 +51,7 @@ def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any],
         if os.environ.get("RANK", "0") == "0":
             print(f"gearshift {command}: {error}", file=sys.stderr)
         return USER_ERROR
-    return _work(command, arguments, stage)
+    _work(command, arguments, stage)
 
 
 def under_launcher() -> bool:
@@ -62,8 +62,8 @@ def under_launcher() -> bool:
 # --- in a rank -------------------------------------------------------------------------------------------------------
 
 
-def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> int:
-    """Runs the stage in this rank, and makes the rank that failed first the only one that speaks."""
+def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> NoReturn:
+    """Runs the stage in this rank, which ends here; the rank that failed first is the only one that speaks."""
     from gearshift.launch.config import load
 
     prepare_environment()
@@ -83,7 +83,7 @@ def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> i
     except Exception:
         # Often only "connection closed by peer", because another rank has failed: wait for that one to be found.
         _fail(traceback.format_exc(), CRASH, wait=(3 if rank == 0 else 6) * LAUNCHER_POLL)
-    return 0
+    _leave(0)
 
 
 def _fail(message: str, code: int, wait: float) -> NoReturn:
@@ -92,9 +92,14 @@ def _fail(message: str, code: int, wait: float) -> NoReturn:
     time.sleep(wait)
     if message:
         print(message, file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: tearing down a process group whose peers are busy can hang.
+    # Not sys.exit: tearing down a process group whose peers are busy can hang, and threads of gloo that are still there
+    # at the interpreter's end have been seen to abort a run that was complete.
     os._exit(code)
 
 
