@@ -51,7 +51,7 @@ def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any],
         if os.environ.get("RANK", "0") == "0":
             print(f"gearshift {command}: {error}", file=sys.stderr)
         return USER_ERROR
-    _work(command, arguments, stage)
+    return _work(command, arguments, stage)
 
 
 def under_launcher() -> bool:
