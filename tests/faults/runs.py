@@ -80,12 +80,13 @@ def train_noted(world: World, values: dict[str, Any], step: int, log: Path) -> N
 
 
 def train_killed_in(world: World, values: dict[str, Any], rank: int, where: str, count: int) -> None:
-    """Killed at the `count`-th call of a method, "Class.method" of PPO's floor."""
-    import gearshift.engine.checkpoints.writing as writing
-    import gearshift.rlhf.ppo as ppo
+    """Killed at the `count`-th call of a method, "Class.method" of PPO, the engine or its checkpoints."""
+    from gearshift import engine
+    from gearshift.engine.checkpoints import writing
+    from gearshift.rlhf import ppo
 
     name, _, method = where.partition(".")
-    owner: Any = getattr(ppo, name, None) or getattr(writing, name)
+    owner: Any = next(getattr(place, name) for place in (ppo, engine, writing) if hasattr(place, name))
     before: Callable[..., Any] = getattr(owner, method)
     calls = iter(range(count))
 
