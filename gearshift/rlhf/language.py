@@ -20,7 +20,7 @@ from gearshift.rlhf.data.tokenizers import train_tokenizer
 from gearshift.rlhf.new_model import new_model_config
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.resuming import Saver
-from gearshift.rlhf.rewards import Asked, load_reward, mean_score
+from gearshift.rlhf.rewards import Asked, load_reward, mean_over_prompts
 from gearshift.rlhf.settings import PretrainConfig, RewardSettings, SftConfig
 from gearshift.rlhf.setup import (
     at_least,
@@ -124,7 +124,7 @@ def _judged(
     frozen = {name: how[name] for name in ("dtype", "micro_batch_size", "deepspeed_extra")}
     reward = load_reward(settings, Asked(encoder.tokenizer, config.data.keys, prompts), world, **frozen)
     sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)
-    return policy, lambda: {SCORE: mean_score(policy, reward, prompts, sampling, world)}
+    return policy, lambda: {SCORE: mean_over_prompts(policy, prompts, sampling, world, reward.score)[0]}
 
 
 def held_out_loss(model: CausalModel, rows: list[Any], collate: Collate) -> dict[str, float]:

@@ -22,7 +22,7 @@ from gearshift.engine.zero import ZeroModel
 from gearshift.errors import UserError
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import Best
-from gearshift.rlhf.data.batches import collate_prompts, collate_text
+from gearshift.rlhf.data.batches import collate_text
 from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.guards import require_finite, stopping
 from gearshift.rlhf.kl import KlController, kl_penalty
@@ -32,6 +32,7 @@ from gearshift.rlhf.ppo_metrics import UpdateSums, sample_rows, timings
 from gearshift.rlhf.ppo_models import Models, load_models
 from gearshift.rlhf.reporting import Phases, Report
 from gearshift.rlhf.resuming import Saver, Stateful
+from gearshift.rlhf.rewards import mean_over_prompts
 from gearshift.rlhf.scores import ScoreShaper, importance_weights
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
@@ -227,16 +228,15 @@ class Ppo:
             found["loss/pretraining_heldout"] = float(sums["loss"])
         rows = self.data.held_out_prompts
         if rows:
-            own = rows[self.world.share(len(rows))]
-            with self.policy.rollout() as generator:
-                answers = generator.generate(collate_prompts(own or rows[:1]), self.sampling)
-            scores = self.reward_model.score(answers)
-            ref_logprobs = self.held_against_reference(answers, trained=False).ref_logprobs
-            kl = ((answers.logprobs - ref_logprobs) * answers.mask).sum(1)
-            both = torch.stack([scores, kl, torch.ones_like(scores)])[:, : len(own)]  # others only took part
-            total = self.world.sum(both.double().sum(1))
-            found[SCORE], found["validation/kl"] = float(total[0] / total[2]), float(total[1] / total[2])
+            measures = self.reward_model.score, self.kl_of
+            means = mean_over_prompts(self.policy, rows, self.sampling, self.world, *measures)
+            found[SCORE], found["validation/kl"] = means
         return found
+
+    def kl_of(self, answers: Rollouts) -> Tensor:
+        """KL to the reference [B], nats per answer: exact, or of the sampled tokens, as `ppo.kl.estimator` says."""
+        held = self.held_against_reference(answers, trained=False)
+        return (((answers.logprobs - held.ref_logprobs) if held.kl is None else held.kl) * answers.mask).sum(1)
 
 
 @dataclass

@@ -57,7 +57,7 @@ _MEANS = (
 
 def timings(policy: HybridEngine, phases: Phases, episodes: Episodes, world: World) -> dict[str, float]:
     """Seconds per phase; the shift is told apart from the generation that it precedes, and from what it costs to
-    free memory between rollouts (weights not kept, CUDA graphs captured again, optimizer state moved to the host
+    free memory between rollouts (weights not kept, steps recorded again, optimizer state moved to the host
     and back)."""
     gears = {
         "shift": policy.shift_seconds,

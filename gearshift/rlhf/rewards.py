@@ -112,16 +112,20 @@ def reward_tokenizer(settings: RewardSettings) -> Any:
     return tokenizer
 
 
-def mean_score(
-    policy: HybridEngine, reward: Reward, prompts: Sequence[PromptRow], sampling: Sampling, world: World
-) -> float:
-    """Mean score of one answer to each of the prompts, which every rank holds. Collective."""
+def mean_over_prompts(
+    policy: HybridEngine,
+    prompts: Sequence[PromptRow],
+    sampling: Sampling,
+    world: World,
+    *measures: Callable[[Rollouts], Tensor],
+) -> list[float]:
+    """One answer to each of the prompts, which every rank holds; the mean of each measure, `(rollouts) -> [B]`, over
+    them. Collective."""
     own = prompts[world.share(len(prompts))]
     with policy.rollout() as generator:
         answers = generator.generate(collate_prompts(own or prompts[:1]), sampling)
-    scores = reward.score(answers)[: len(own)]  # a rank without a prompt only took part
-    total = world.sum(torch.stack([scores.double().sum(), scores.new_tensor(len(scores)).double()]))
-    return float(total[0] / total[1])
+    found = torch.stack([measure(answers) for measure in measures])[:, : len(own)]  # without a prompt: only took part
+    return [float(total) / len(prompts) for total in world.sum(found.double().sum(1))]
 
 
 class RetokenizedReward:

@@ -1,4 +1,4 @@
-"""A folder with the small files that configs name: data, model folders, tokenizers."""
+"""A folder with the small files that configs name: data, model folders, tokenizers; and that of a demo's run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import yaml
 
 from gearshift.errors import UserError
 from gearshift.launch.config import load
+
+from .report_files import write_demo
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
@@ -96,3 +98,15 @@ def error_of(command: str, values: dict[str, Any], ranks: int = 2, overrides: tu
         load(command, write(values), overrides, ranks=ranks)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at these pictures: fewer pixels make the tests three times as fast."""
+    monkeypatch.setattr("gearshift.launch.report.style.DPI", 40)
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The run folder of a small demo; see `report_files`."""
+    return write_demo(tmp_path / "demo")

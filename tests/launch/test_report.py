@@ -30,16 +30,7 @@ from gearshift.launch.report.tables import (
 
 from .report_files import edit_metrics, jsonl, write_demo
 
-
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody looks at these pictures: fewer pixels make the tests three times as fast."""
-    monkeypatch.setattr("gearshift.launch.report.style.DPI", 40)
-
-
-@pytest.fixture
-def demo(tmp_path: Path) -> Path:
-    return write_demo(tmp_path / "demo")
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,9 @@ from gearshift.launch.report.style import new_figure
 from gearshift.launch.report.system_figures import against_kl, draw_true_scores, scores
 from gearshift.launch.report.tables import sample_groups, system_rows
 
-from .report_files import RIGHT, edit_metrics, jsonl, write_demo
+from .report_files import RIGHT, edit_metrics, jsonl
 
-
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody looks at these pictures: fewer pixels make the tests three times as fast."""
-    monkeypatch.setattr("gearshift.launch.report.style.DPI", 40)
-
-
-@pytest.fixture
-def demo(tmp_path: Path) -> Path:
-    return write_demo(tmp_path / "demo")
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 
 def test_curves_hold_the_values_of_the_files(demo: Path) -> None:
