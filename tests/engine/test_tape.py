@@ -93,7 +93,8 @@ def test_rotary_embeddings_are_one_call() -> None:
         lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., 8:]), dim=-1) * s,  # the other halves
         lambda x, c, s: x * c + torch.cat((x[..., :8], -x[..., 8:]), dim=-1) * s,
         lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., :8]), dim=-1) * s,
-        lambda x, c, s: x * c + torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * c + s,  # a sum of other things
+        lambda x, c, s: (x * c, s + torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * s)[1],  # a sum of other things
+        lambda x, c, s: (a := x * c, torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * s, a + s)[2],
         lambda x, c, s: x * c + torch.cat((-x[..., 8:], c[..., :8].expand(4, 3, 1, 8)), dim=-1) * s,
         lambda x, c, s: rotated(x.expand(4, 3, 2, 16), c, s),  # two positions
         lambda x, c, s: rotated(x.double(), c.double(), s.double()),
