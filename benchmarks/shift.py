@@ -88,13 +88,17 @@ def shift(policy: HybridEngine) -> None:
 
 @torch.no_grad()
 def gather(policy: HybridEngine, groups: Sequence[Sequence[str]], slices: dict[str, Tensor]) -> None:
-    """Each group of parameters whole on every rank, then this rank's slices of it."""
+    """Each group of parameters whole on every rank, then this rank's slices of it.
+
+    What ZeRO-3 keeps whole between steps is not gathered: leaving the context would cut it up, which no training step
+    does, and the shift that follows would have to bring it back.
+    """
     import deepspeed
 
     splits, part = policy._replica.layout.splits, policy.group.rank
     parameters = dict(policy.module.named_parameters())
     for names in groups:
-        with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
+        with deepspeed.zero.GatheredParameters([parameters[n] for n in names if not parameters[n].ds_persist]):
             for name in names:
                 slices[name].copy_(splits[name].cut(parameters[name].data, part))
 
