@@ -243,7 +243,7 @@ class ZeroModel:
             self.engine.save_checkpoint(str(shards.root), name, client_state=state, save_latest=False)
 
     def load_shards(self, shards: Shards, name: str) -> None:
-        """What `save_shards` of as many ranks wrote, into a model as it was built. Collective."""
+        """What `save_shards` wrote, into a model as it was built. Collective."""
         with shards.serving(self.engine):
             path, state = self.engine.load_checkpoint(str(shards.root), name)
         if path is None:

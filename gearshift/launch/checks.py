@@ -56,7 +56,7 @@ def check(config: Config, ranks: int) -> None:
         check_ppo(config, ranks)
     if isinstance(config, PpoConfig | CompareConfig) or _answers(config):
         _check_rollout(config, ranks)
-    check_run_folder(config, ranks)
+    check_run_folder(config)
     if isinstance(config, CompareConfig):
         check_comparison(config)
     else:

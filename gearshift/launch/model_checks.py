@@ -33,13 +33,13 @@ def numbers(values: Iterator[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 
-def check_run_folder(config: Config, ranks: int) -> None:
+def check_run_folder(config: Config) -> None:
     """An earlier run is not written over unasked, nor is a model that this run itself reads."""
     folder = Path(config.run.folder)
     _check_finished(config, folder)
     if isinstance(config, PretrainConfig | PpoConfig):
         if config.checkpoint.resumes:
-            check_resume(config, ranks)
+            check_resume(config)
         else:
             check_start(config)
     for field, init in _inits(config):

@@ -15,13 +15,13 @@ from gearshift.rlhf.differences import require_same_run
 from gearshift.rlhf.settings import PpoConfig, PretrainConfig
 
 
-def check_resume(config: PretrainConfig | PpoConfig, ranks: int) -> None:
+def check_resume(config: PretrainConfig | PpoConfig) -> None:
     """Raises SettingError when nothing is there to resume from, or when it would not be the same run."""
     folder, resume = Path(config.run.folder) / FOLDER, config.checkpoint.resume
     if resume != "auto":
         if not (Path(str(resume)) / NAME).is_file():
             raise SettingError("checkpoint.resume", f"{resume} is no checkpoint: it has no {NAME}")
-        require_same_run(_read(Path(str(resume))), config, ranks)
+        require_same_run(_read(Path(str(resume))), config)
         return
     if not steps(folder):
         raise SettingError("checkpoint.resume", f"auto, but {folder} holds no checkpoint: leave --resume out to start")
@@ -30,7 +30,7 @@ def check_resume(config: PretrainConfig | PpoConfig, ranks: int) -> None:
             manifest = Manifest.read(folder / folder_name(step))
         except UserError:  # the ranks tell it, and take the one before
             continue
-        require_same_run(manifest, config, ranks)
+        require_same_run(manifest, config)
         return
 
 

@@ -51,7 +51,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
             yield field, before.get(field), after.get(field)
 
 
-def require_same_run(manifest: Manifest, config: PretrainConfig | PpoConfig, ranks: int) -> None:
+def require_same_run(manifest: Manifest, config: PretrainConfig | PpoConfig) -> None:
     """Raises SettingError for the first difference that would change what the checkpoint's state means."""
     if manifest.command != command_of(config):
         raise SettingError(
@@ -63,12 +63,14 @@ def require_same_run(manifest: Manifest, config: PretrainConfig | PpoConfig, ran
             raise SettingError(
                 field, f"{after}, but the checkpoint was made with {before}: it cannot go on with another value"
             )
+
+
+def what_differs(
+    manifest: Manifest, config: PretrainConfig | PpoConfig, versions: Mapping[str, str], ranks: int
+) -> Iterator[str]:
+    """A line for every difference that a run may go on with: ranks, fields, then versions of libraries."""
     if manifest.world_size != ranks:
-        raise SettingError("run.ranks", f"{ranks}, but the checkpoint is of {manifest.world_size} ranks: use as many")
-
-
-def what_differs(manifest: Manifest, config: PretrainConfig | PpoConfig, versions: Mapping[str, str]) -> Iterator[str]:
-    """A line for every difference that a run may go on with: fields, then versions of libraries."""
+        yield f"ranks: was {manifest.world_size}, is {ranks}: the same run, sums rounded in another order"
     for field, before, after in differences(manifest.config, config.model_dump(mode="json")):
         yield f"{field}: was {before}, is {after}"
     for name, version in versions.items():

@@ -96,9 +96,9 @@ class Saver:
     def _resume(self) -> int:
         step = self._chosen()
         manifest = Manifest.read(step)
-        require_same_run(manifest, self.config, self.world.size)
+        require_same_run(manifest, self.config)
         self.report.say(f"resume       {step}: {manifest.step} steps done")
-        for line in what_differs(manifest, self.config, versions()):
+        for line in what_differs(manifest, self.config, versions(), self.world.size):
             self.report.say(f"resume       {line}")
         self.checkpoints.load(step, self.models)
         for name, part in self.parts.items():

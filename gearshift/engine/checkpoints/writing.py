@@ -15,6 +15,7 @@ import torch.distributed as dist
 from gearshift.engine.checkpoints import files, reading, retention
 from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name
 from gearshift.engine.checkpoints.random_states import random_states, set_random_states
+from gearshift.engine.checkpoints.recutting import Recut
 from gearshift.engine.checkpoints.shards import Shards, load
 from gearshift.engine.distributed import World
 from gearshift.errors import UserError
@@ -76,14 +77,22 @@ class Checkpoints:
         return list(dict.fromkeys(problem for own in found for problem in own))
 
     def load(self, step: Path, models: Mapping[str, Saved]) -> None:
-        """The tensors of a whole step. Every file is looked through before the first weight changes."""
-        names = sorted(name for name in Manifest.read(step).files if name.endswith(".pt"))
-        error = self._agreed(_refused([step / name for name in names[self.world.rank :: self.world.size]]))
+        """The tensors of a whole step, which as many ranks have written or others. Every file is looked through before
+        the first weight changes."""
+        manifest, rank = Manifest.read(step), self.world.rank
+        names = sorted(name for name in manifest.files if name.endswith(".pt"))
+        error = self._agreed(_refused([step / name for name in names[rank :: self.world.size]]))
         if error:
             raise UserError(error)
         for name, model in models.items():
-            model.load_shards(Shards(step), name)
-        set_random_states(load(step / "ranks" / f"rank-{self.world.rank:05d}.pt"))
+            model.load_shards(self._reader(step, manifest.world_size), name)
+        if rank < manifest.world_size:  # a rank more than there were goes on with the random states that it has
+            set_random_states(load(step / "ranks" / f"rank-{rank:05d}.pt"))
+
+    def _reader(self, step: Path, ranks: int) -> Shards:
+        """DeepSpeed's way to a step that `ranks` ranks wrote."""
+        same = ranks == self.world.size
+        return Shards(step) if same else Recut(step, ranks, self.world.rank, self.world.size)
 
     def go_on_from(self, step: Path) -> None:
         """From now on `step` is the newest one."""
