@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,26 @@ def test_deepspeed_takes_it(one_rank: WorkerGroup, model: str, steps: Path, way:
         expected, found = dict(tensors(reader.load(str(before / path.name)))), dict(tensors(load(path)))
         assert list(found) == list(expected)
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("way", ["adamw", "adamw bf16", "small groups"])
+def test_deepspeeds_universal_converter_finds_the_same(steps: Path, tmp_path: Path, way: str) -> None:
+    """Weights and moments of every parameter, from the same files."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    policy, out = steps / way / "step-00000002/policy", tmp_path / "universal/step"
+    how = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    main(Namespace(input_folder=str(policy), output_folder=str(out), inject_missing_state=False, **how))
+    reader = Recut(policy, 2, 0, 1)
+    reader._now = shapes_in(policy)
+    state = reader.load(str(next(policy.glob("*rank_0_*optim_states.pt"))))["optimizer_state_dict"]
+    for group, shapes in enumerate(reader._now):
+        moments = state["optimizer_state_dict"]["state"][group]
+        flats = {"fp32": state["fp32_flat_groups"][group], "exp_avg": moments["exp_avg"]}
+        flats["exp_avg_sq"], at = moments["exp_avg_sq"], 0
+        for name, shape in shapes.items():
+            for key, flat in flats.items():
+                theirs = torch.load(out / f"zero/{name}/{key}.pt")
+                theirs = theirs["param"] if isinstance(theirs, dict) else theirs
+                assert torch.equal(flat[at : at + shape.numel()], theirs.flatten()[: shape.numel()]), (name, key)
+            at += shape.numel()
