@@ -46,9 +46,12 @@ class Saver:
         self.config, self.world, self.report = config, world, report
         self.models, self.parts, self.tokenizer = models, parts, tokenizer
         self._small_files: dict[str, bytes] = {}
-        self.checkpoints = Checkpoints(Path(config.run.folder) / FOLDER, world, config.checkpoint.keep)
-        self.done = self._resume() if config.checkpoint.resumes else self._start()
-        self._signals = StopSignals() if config.checkpoint.every else None
+        settings = config.checkpoint
+        self.checkpoints = Checkpoints(
+            Path(config.run.folder) / FOLDER, world, settings.keep, background=settings.background
+        )
+        self.done = self._resume() if settings.resumes else self._start()
+        self._signals = StopSignals() if settings.every else None
 
     def after(self, step: int, score: float | None = None) -> None:
         """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective.
@@ -56,14 +59,22 @@ class Saver:
         Raises Paused, the run being saved, when a signal has asked for it.
         """
         every = self.config.checkpoint.every
+        self.checkpoints.poll()
         came = self._signals.on_any_rank(self.world) if self._signals else 0
         if every and (came or step % every == 0):
             self.save(step, score)
         if came:
+            self.finish()
             raise Paused(f"saved after step {step} at {signal.Signals(came).name}: go on with --resume auto")
 
+    def finish(self) -> None:
+        """What `checkpoint.background` may still be writing is there when this returns. Collective."""
+        with watchdog.phase("saving"):
+            self.checkpoints.finish()
+
     def close(self) -> None:
-        """Nothing more is saved: the run is at its end."""
+        """Nothing more is saved: the run is at its end. Collective."""
+        self.finish()
         if self._signals:
             self._signals.close()
 

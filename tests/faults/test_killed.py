@@ -14,6 +14,7 @@ import pytest
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.reading import POINTER, newest, pointer_problem, step_problems
 from tests.rlhf.test_resuming import weights
+from tests.rlhf.tiny import changed
 from tests.worker_group import WorkerGroup
 
 from .ranks import run_ranks, said
@@ -94,6 +95,26 @@ def test_killed_at_every_write_point(
             found[gone_on[state]] += 1
             shutil.rmtree(run)
     assert sum(found.values()) > 60
+    assert sorted(gone_on.values()) == [1, 2]
+
+
+def test_killed_while_it_is_written_in_the_background(
+    two_ranks: WorkerGroup, values: dict[str, Any], whole: Path, first_step: Path, tmp_path: Path
+) -> None:
+    """At every ninth write point of the second save, which the third iteration runs beside."""
+    values = changed(values, checkpoint={"background": True})
+    gone_on: dict[str, int] = {}
+    for number, rank in enumerate((0, 1)):
+        for count in range(4 * number, len(operations(whole, rank)), 9):
+            run = tmp_path / f"{rank}-{count}"
+            shutil.copytree(first_step, run)
+            codes = run_ranks(run, train_killed_at, in_folder(values, run, "auto"), rank, 2, count)
+            assert codes[rank] == -signal.SIGKILL, said(run, rank)
+            check_folder(run / "checkpoints")
+            state = digests(run / "checkpoints")
+            if state not in gone_on:
+                gone_on[state] = resume(two_ranks, values, run)
+                assert weights(run) == weights(whole / "run"), f"killed before operation {count} of rank {rank}"
     assert sorted(gone_on.values()) == [1, 2]
 
 

@@ -42,7 +42,7 @@ def stage_values(command: str, folder: Path) -> dict[str, Any]:
         "run": {"folder": str(folder / "run"), "seed": 2},
         "train": {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "validate_every": 2},
         "optimizer": {"learning_rate": 1e-2},
-        "checkpoint": {"every": SAVED, "keep": 9},
+        "checkpoint": {"every": SAVED, "keep": 9, "background": True},
     }
     if command == "pretrain":
         data = {"train": [text], "validation": [text], "max_tokens": 24}

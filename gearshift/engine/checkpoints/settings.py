@@ -16,6 +16,10 @@ class CheckpointSettings(Section):
 
     every: int = Field(500, ge=0, description="Optimizer steps (ppo: iterations) between checkpoints; 0: none")
     keep: int = Field(2, ge=1, description="Newest checkpoints that stay, besides the one of the best validation")
+    background: bool = Field(
+        False,
+        description="Write while the run goes on: it waits for a copy in host memory alone (as large as the files)",
+    )
     resume: str | None = Field(
         None,
         description="auto: go on from the newest whole checkpoint in run.folder; a path: from that one; never: start "

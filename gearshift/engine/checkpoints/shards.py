@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,17 @@ class Shards(CheckpointEngine):
 
     An error of the disk is kept in `error`, not raised: DeepSpeed's ranks would wait for each other. What comes after
     it is only counted: `bytes_needed` is what all files of this rank would have taken.
+
+    `later`: what is to be written is copied to host memory, and `write_all` writes it.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, later: bool = False):
         super().__init__()
-        self.root = root
+        self.root, self.later = root, later
         self.written: dict[str, dict[str, Any]] = {}
         self.bytes_needed = 0
         self.error: str | None = None
+        self._waiting: list[Callable[[], None]] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing: the writer makes the folder."""
@@ -46,10 +51,26 @@ class Shards(CheckpointEngine):
         return True
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.write(Path(path), lambda file: torch.save(state_dict, file), _bytes_of(state_dict))
+        state = on_host(state_dict) if self.later else state_dict
+        self.write(Path(path), lambda file: torch.save(state, file), _bytes_of(state))
 
     def write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
         """One file of about `size` bytes, unless the disk refuses or has refused before."""
+        if self.later:
+            self._waiting.append(partial(self._write, path, fill, size))
+        else:
+            self._write(path, fill, size)
+
+    def write_all(self) -> None:
+        """What was put off, in its order; in a thread of its own, say. Each copy goes as soon as it is written."""
+        self._waiting.reverse()
+        try:
+            while self._waiting:
+                self._waiting.pop()()
+        except BaseException as error:  # nobody waits for a thread's exception, and half a step must not be committed
+            self.error = self.error or f"{self.root}: cannot be written: {one_line(error, 120)}"
+
+    def _write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
         self.bytes_needed += size
         if self.error:
             return
@@ -87,6 +108,19 @@ def load(path: Path, mmap: bool = False) -> Any:
         found = re.search(r"(?:GLOBAL|class|global|function) [`']?([\w.]+)", str(error))
         what = f"it names {found[1]}" if found else one_line(error, 120)
         raise UserError(f"{path}: refused, nothing of it was run: {what}") from None
+
+
+def on_host(value: Any) -> Any:
+    """A nested state that nothing changes any more: its tensors copied to host memory, all else as it is now."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        same = copy.copy(value)
+        same.update((name, on_host(inner)) for name, inner in value.items())
+        return same
+    if type(value) in (list, tuple):
+        return type(value)(on_host(inner) for inner in value)
+    return copy.deepcopy(value)
 
 
 def _bytes_of(value: Any) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +33,26 @@ class Saved(Protocol):
         """Read them back. Collective."""
 
 
-class Checkpoints:
-    """The checkpoints of one run, in a folder that every rank sees. Every method is collective."""
+@dataclass(frozen=True)
+class _Begun:
+    """A step whose files are written, or whose state is copied and whose files `thread` writes."""
 
-    def __init__(self, folder: Path, world: World, keep: int):
-        self.folder, self.world, self.keep = folder, world, keep
+    aside: Path
+    manifest: Manifest
+    shards: Shards
+    thread: threading.Thread | None
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder that every rank sees. Every method is collective.
+
+    `background`: a save copies the state to host memory and returns; a thread writes, and the step is there once
+    `poll` or `finish` has found every rank's files written.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, background: bool = False):
+        self.folder, self.world, self.keep, self.background = folder, world, keep, background
+        self._begun: _Begun | None = None
 
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
@@ -44,8 +61,9 @@ class Checkpoints:
 
         Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
         """
+        self.finish()
         aside = self.folder / f".{folder_name(manifest.step)}.writing"
-        shards = Shards(aside)
+        shards = Shards(aside, later=self.background)
         shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
@@ -53,13 +71,36 @@ class Checkpoints:
             for path, content in (small_files or {}).items():
                 shards.write(aside / path, partial(_write_bytes, content), len(content))
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
+        thread = None
+        if self.background:
+            # A process that fails does not wait for it: what it has written counts for nothing without the rename.
+            thread = threading.Thread(target=shards.write_all, daemon=True)
+            thread.start()
+        self._begun = _Begun(aside, manifest, shards, thread)
+        if not self.background:
+            self.finish()
+
+    def poll(self) -> None:
+        """The step that is being written is there from now on, if every rank has written its files. See `save`."""
+        thread = None if self._begun is None else self._begun.thread
+        if thread is not None and not self.world.max(thread.is_alive()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for what is being written, if anything is. See `save`."""
+        if self._begun is None:
+            return
+        begun, self._begun = self._begun, None
+        if begun.thread is not None:
+            begun.thread.join()
+        shards = begun.shards
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)
         if error is None:
             written = {name: entry for entries, *_ in parts for name, entry in entries.items()}
-            error = self._agreed(self._commit(aside, dataclasses.replace(manifest, files=written)))
+            error = self._agreed(self._commit(begun.aside, dataclasses.replace(begun.manifest, files=written)))
         if error is not None:
-            self._fail(aside, error, sum(needed for _, needed, _ in parts))
+            self._fail(begun.aside, error, sum(needed for _, needed, _ in parts))
 
     def clear(self) -> None:
         """Removes every checkpoint: the run starts again. The folder itself stays: it may be a disk of its own."""

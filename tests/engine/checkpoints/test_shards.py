@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,32 @@ def test_an_error_of_the_disk_is_kept_and_the_rest_counted(tmp_path: Path) -> No
     assert shards.error == f"{tmp_path}/missing/a.pt: cannot be written: No such file or directory"
     assert shards.bytes_needed == 80
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_put_off_is_what_it_was(tmp_path: Path) -> None:
+    weights, counts = torch.arange(6.0).view(2, 3).t(), {"step": 1}
+    state = OrderedDict(weights=weights, more=[counts, (weights, torch.Size([2]))])
+    now, later = Shards(tmp_path / "now"), Shards(tmp_path / "later", later=True)
+    for shards in (now, later):
+        shards.root.mkdir()
+        shards.save(state, str(shards.root / "a.pt"))
+    assert list(later.root.iterdir()) == []
+    weights += 1
+    counts["step"] = 2
+    later.write_all()
+    one, other = (load(tmp_path / name / "a.pt") for name in ("now", "later"))
+    assert str(one) == str(other)
+    assert "'step': 1" in str(other)
+    assert [set(shards.written) for shards in (now, later)] == [{"a.pt"}] * 2
+
+
+def test_whatever_stops_what_was_put_off_is_an_error(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, later=True)
+    shards.write(tmp_path / "a", lambda file: [][0], 1)
+    shards.save(torch.zeros(3), str(tmp_path / "b.pt"))
+    shards.write_all()
+    assert shards.error == f"{tmp_path}: cannot be written: IndexError: list index out of range"
+    assert shards.written == {}
 
 
 def test_random_states_come_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,41 @@ def interrupted(
     return whole, resumed, same(masters(models), masters(again))
 
 
+def trained_meanwhile(world: World, init: str, folder: str) -> tuple[list[bool], list[float], list[float], bool]:
+    """Five steps, the second of them written in the background until the fifth is done; three more from there.
+
+    Whether the step was there: after a poll while it was being written, and after one when it had been.
+    """
+    models = build(world, init, torch.float32)
+    checkpoints, done = Checkpoints(Path(folder), world, 2, background=True), threading.Event()
+    train(world, models, range(2))
+    files.hook = lambda operation, path: None if operation == "folder" else _wait(done)
+    checkpoints.save(step_of(world, 2), models)
+    whole = train(world, models, range(2, 5))
+    there = []
+    checkpoints.poll()
+    there.append(bool(steps(Path(folder))))
+    done.set()
+    checkpoints.finish()
+    files.hook = None
+    there.append(bool(steps(Path(folder))))
+    again = build(world, init, torch.float32)
+    checkpoints.load(checkpoints.newest(refuse_damaged=True)[0], again)
+    return there, whole, train(world, again, range(2, 5)), same(masters(models), masters(again))
+
+
+def _wait(done: threading.Event) -> None:
+    assert done.wait(timeout=100)
+
+
+def test_steps_are_taken_while_one_is_written(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
+    """What is written is what was there when the save began."""
+    for there, whole, resumed, equal in two_ranks.run(trained_meanwhile, model, str(tmp_path)):
+        assert there == [False, True]
+        assert whole == resumed
+        assert equal
+
+
 def started_again(world: World, init: str, folder: str) -> list[int]:
     """The steps that are there when a run starts over in the folder of a longer one, and saves."""
     models, checkpoints = build(world, init, torch.float32), Checkpoints(Path(folder), world, 1)
@@ -123,10 +159,11 @@ def test_adapters_go_on_bit_for_bit_and_are_not_exported(two_ranks: WorkerGroup,
         next(trained_weights(tmp_path / "step-00000002/policy"))
 
 
-def failing(world: World, init: str, folder: str, rank: int, operation: str) -> str:
+def failing(world: World, init: str, folder: str, rank: int, operation: str, background: bool) -> str:
     """What a save says when the disk of one rank refuses an operation."""
-    models, checkpoints = build(world, init, torch.float32), Checkpoints(Path(folder), world, 2)
+    models, checkpoints = build(world, init, torch.float32), Checkpoints(Path(folder), world, 2, background)
     checkpoints.save(step_of(world, 1), models)
+    checkpoints.finish()
 
     def refuse(what: str, path: Path) -> None:
         if what == operation and world.rank == rank and "critic" in str(path):
@@ -135,6 +172,7 @@ def failing(world: World, init: str, folder: str, rank: int, operation: str) -> 
     files.hook = refuse
     try:
         checkpoints.save(step_of(world, 2), models)
+        checkpoints.finish()
     except UserError as error:
         return str(error)
     finally:
@@ -142,11 +180,12 @@ def failing(world: World, init: str, folder: str, rank: int, operation: str) -> 
     return ""
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("rank", "operation"), [(1, "write"), (0, "flush"), (1, "create"), (0, "folder")])
 def test_every_rank_tells_what_one_could_not_write(
-    two_ranks: WorkerGroup, model: str, tmp_path: Path, rank: int, operation: str
+    two_ranks: WorkerGroup, model: str, tmp_path: Path, rank: int, operation: str, background: bool
 ) -> None:
-    told = two_ranks.run(failing, model, str(tmp_path), rank, operation)
+    told = two_ranks.run(failing, model, str(tmp_path), rank, operation, background)
     assert told[0].startswith(f"{tmp_path}/.step-00000002.writing/critic")
     assert "cannot be written: No space left on device; a checkpoint takes about " in told[0]
     assert told[0].split(", ")[0] == told[1].split(", ")[0]  # what is free may change meanwhile
