@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Named in the install command itself, so that nothing newer (and much larger) is ever chosen first.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-full gsm8k test test-faults install format clean
+.PHONY: demo demo-full gsm8k test test-faults test-kills install format clean
 
 demo: install
 	$(BIN)/gearshift demo
@@ -37,6 +37,10 @@ test: install
 # Processes killed at every point of a save, full disks: what a checkpoint promises. Minutes.
 test-faults: install
 	$(BIN)/pytest tests/faults --durations=0
+
+# Fifty kills at random moments of one run. A quarter of an hour.
+test-kills: install
+	$(BIN)/pytest -s tests/faults/kills.py
 
 install: $(VENV)/installed
 
