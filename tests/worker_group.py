@@ -12,11 +12,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# Ranks are forked from a server that has imported everything: a start then costs no seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.preload"])
+
 # The first start of all compiles DeepSpeed's shared-memory collectives: half a minute of a free core.
 START_SECONDS = 600.0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -32,9 +36,6 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    import torch
-
-    torch.set_num_threads(1)
     from gearshift.engine import init_distributed
 
     world = init_distributed()
@@ -51,17 +52,14 @@ class WorkerGroup:
     """`size` processes of one world. `run(function, *args)` calls `function(world, *args)` on every rank."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("spawn")
-        # Inherited by the children before they import torch: its OpenMP pool is sized at import.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        port = _free_port()
+        port = free_port()
         self._pipes: list[Connection] = []
         self._ready = False
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
+            ours, theirs = processes.Pipe()
             # Not daemonic: a rank may start processes of its own (a compiler).
-            process = context.Process(target=_serve, args=(rank, size, port, theirs))
+            process = processes.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
             theirs.close()  # the rank's alone: when it dies, ours ends
             self._pipes.append(ours)

@@ -1,8 +1,7 @@
-"""Ranks that may die: forked from a server that has imported everything, so that a start costs no seconds."""
+"""Ranks that may die."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.errors import UserError
-from tests.worker_group import _free_port
+from tests.worker_group import free_port, processes
 
 USER_ERROR, CRASH = 2, 1
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.preload"])
 
 
 def _rank(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -48,9 +45,9 @@ def run_ranks(
 
     As a launcher does, it ends the others `alone` seconds after one has failed. What ranks say is in `log`.
     """
-    port = _free_port()
+    port = free_port()
     log.mkdir(parents=True, exist_ok=True)
-    ranks = [_context.Process(target=_rank, args=(r, size, port, log, function, args)) for r in range(size)]
+    ranks = [processes.Process(target=_rank, args=(r, size, port, log, function, args)) for r in range(size)]
     for rank in ranks:
         rank.start()
     deadline = time.monotonic() + timeout
