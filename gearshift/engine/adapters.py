@@ -126,7 +126,7 @@ def merged_weights(module: nn.Module, own: Mapping[str, Tensor], rank: int) -> I
                 a, b = (factor.to(shard.device) for factor in adapter.factors)
                 yield name, _merged(shard, a, b, adapter.scale, rank * shard.numel())
             else:
-                yield name, _merged_by_shards(adapter, weight.data)
+                yield name, merged_by_shards(weight.data, *adapter.factors, adapter.scale, dist.get_world_size())
 
 
 @torch.no_grad()
@@ -136,16 +136,16 @@ def merged_whole(adapter: Adapter) -> Tensor:
 
     weight = adapter.module.get_base_layer().weight
     with deepspeed.zero.GatheredParameters([weight, *adapter.factors]):
-        return _merged_by_shards(adapter, weight).view(weight.shape).cpu()
+        merged = merged_by_shards(weight, *adapter.factors, adapter.scale, dist.get_world_size())
+        return merged.view(weight.shape).cpu()
 
 
-def _merged_by_shards(adapter: Adapter, weight: Tensor) -> Tensor:
-    """A whole weight merged, flat: cut as ZeRO-3 cuts it, since a product of other sizes could round otherwise."""
-    flat, (a, b) = weight.reshape(-1), adapter.factors
-    size = -(-len(flat) // dist.get_world_size())
-    return torch.cat(
-        [_merged(shard, a, b, adapter.scale, number * size) for number, shard in enumerate(flat.split(size))]
-    )
+def merged_by_shards(weight: Tensor, a: Tensor, b: Tensor, scale: float, ranks: int) -> Tensor:
+    """A whole weight `[O, I]` merged, flat: cut as ZeRO-3 cuts it over `ranks`, since a product of other sizes could
+    round otherwise. A `[r, I]` and B `[O, r]` are of the weight's type."""
+    flat = weight.reshape(-1)
+    size = -(-len(flat) // ranks)
+    return torch.cat([_merged(shard, a, b, scale, number * size) for number, shard in enumerate(flat.split(size))])
 
 
 def _merged(shard: Tensor, a: Tensor, b: Tensor, scale: float, low: int) -> Tensor:

@@ -129,7 +129,8 @@ def build_shared_memory_ops() -> bool:
     # The environment's own ninja, also when the environment is not activated: another version of ninja would find
     # every build of this one out of date.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder())))
+    root = extensions_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".gearshift.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -161,8 +162,11 @@ def _unlink_shared_memory() -> None:
         buffer.unlink(missing_ok=True)
 
 
-def _extensions_folder() -> Path:
-    """One for each Python environment: what one compiled is out of date to the next, whose headers lie elsewhere."""
+def extensions_folder() -> Path:
+    """TORCH_EXTENSIONS_DIR, else one for each Python environment: what one compiled is out of date to the next, whose
+    headers lie elsewhere."""
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(named)
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     return Path.home() / ".cache/gearshift/torch_extensions" / f"{sys.implementation.cache_tag}-{environment}"
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.adapters import adapters_of, is_adapter, merged_whole, peft_config, plain_name
 from gearshift.engine.distributed import World
+from gearshift.engine.settings import LoraSettings
 from gearshift.engine.weights import persistent_buffers
 
 MAX_FILE_BYTES = 2 << 30
@@ -35,19 +36,15 @@ def save_pretrained(
 
     Rank 0 holds one file's tensors at a time. An existing folder is replaced only when the new one is complete.
     """
-    aside = folder.with_name(folder.name + ".writing")
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    writer = FileWriter(aside, max_file_bytes) if world.is_main else None
+    writer = FileWriter(new_folder_aside(folder), max_file_bytes) if world.is_main else None
     for name, tensor in chain(gathered_parameters(model), persistent_buffers(model)):
         if writer is not None:
             for key, value in names_on_disk(model, name, tensor).items():
                 writer.add(key, value.cpu())
     if writer is not None:
         writer.close()
-        _save_small_files(model, tokenizer, aside)
-        replace_folder(folder, aside)
+        _save_small_files(model, tokenizer, writer.folder)
+        replace_folder(folder, writer.folder)
     if world.size > 1:
         torch.distributed.barrier()
 
@@ -86,24 +83,35 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def save_adapters(model: Any, folder: Path, world: World, base: str) -> None:
     """Write the adapters alone, as a folder that `peft` loads over `base`. Collective."""
     import deepspeed
-    from peft import LoraConfig
 
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     for adapter in adapters_of(model):
         with deepspeed.zero.GatheredParameters(list(adapter.factors)):
-            for name, factor in zip(("lora_A", "lora_B"), adapter.factors, strict=True):
-                tensors[f"base_model.model.{adapter.layer}.{name}.weight"] = factor.detach().to("cpu", copy=True)
+            a, b = (factor.detach().to("cpu", copy=True) for factor in adapter.factors)
+        factors[adapter.layer] = a, b
     if world.is_main:
-        aside = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = peft_config(LoraConfig, model.lora)
-        config.base_model_name_or_path, config.inference_mode = base, True
-        config.save_pretrained(aside)
-        replace_folder(folder, aside)
+        write_adapters(factors, model.lora, base, folder)
     if world.size > 1:
         torch.distributed.barrier()
+
+
+def write_adapters(
+    factors: Mapping[str, tuple[Tensor, Tensor]], settings: LoraSettings, base: str, folder: Path
+) -> None:
+    """The folder of `save_adapters`, written aside and renamed; `factors`: layer -> A `[r, I]` and B `[O, r]`."""
+    from peft import LoraConfig
+
+    tensors = {
+        f"base_model.model.{layer}.{name}.weight": factor
+        for layer, pair in factors.items()
+        for name, factor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+    aside = new_folder_aside(folder)
+    save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(LoraConfig, settings)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(aside)
+    replace_folder(folder, aside)
 
 
 def _config_to_save(model: Any) -> Any:
@@ -158,6 +166,14 @@ class FileWriter:
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def new_folder_aside(folder: Path) -> Path:
+    """An empty folder beside the one that it will replace."""
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
 
 
 def replace_folder(folder: Path, aside: Path) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": ("gearshift.launch.compare", "systems side by side: scores, win rates, KL, loss on pretraining text"),
     "verify": ("gearshift.launch.verify", "is a checkpoint whole, and nothing in it but tensors"),
     "export": ("gearshift.launch.export", "a checkpoint as a folder that from_pretrained loads"),
+    "doctor": ("gearshift.launch.doctor", "would a run start here, and over the hosts of a hostfile"),
     "report": ("gearshift.launch.report", "report.html and pictures of a run folder"),
 }
 

@@ -17,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gearshift export", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("checkpoint", type=Path, help="a step's folder; or a run's folder, for its newest step")
     parser.add_argument("out", type=Path, help="the folder to write: safetensors, config, tokenizer")
+    parser.add_argument(
+        "--adapter", action="store_true", help="the adapters alone (policy.lora), for peft; else they are merged"
+    )
     parser.add_argument("--model", help="which model of the checkpoint (ppo: policy, the default, or critic)")
     parser.add_argument("--raw", action="store_true", help="the last weights, not their moving average (ppo.ema)")
     options = parser.parse_args(argv)
@@ -25,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     step = newest_in(options.checkpoint)
     name = _model(step, options.model)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from gearshift.engine.checkpoints.exporting import export
+    from gearshift.engine.checkpoints.exporting import export, export_adapters
 
-    export(step / name, options.out, options.raw)
+    (export_adapters if options.adapter else export)(step / name, options.out, options.raw)
     print(f"{options.out}: {name} of {step}")
     return 0
 

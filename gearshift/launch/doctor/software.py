@@ -1,0 +1,141 @@
+"""Versions of what is installed, compilers, and the extensions that they make. No torch is imported here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gearshift.launch.doctor.findings import Finding, note, ok, wrong
+
+# Compared between hosts: ranks of different versions disagree on what they send each other.
+COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "safetensors", "tokenizers")
+# What an optional package is for, by the extra that brings it.
+EXTRAS = {
+    "flash": "flash attention on GPUs (rollout.attention: flash)",
+    "lora": "adapters (policy.lora)",
+    "track": "a dashboard (tracking.trackers)",
+}
+PYTHON = (3, 11)
+# Seconds. No build of DeepSpeed's extensions takes as long: a lock that is older was left by one that was killed.
+STALE = 1800.0
+
+
+def versions() -> dict[str, str]:
+    """Of Python and what every host must have alike; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    return found | {name: version for name in COMPARED if (version := installed(name)) is not None}
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code_digest() -> str:
+    """Of Gearshift's own files, whatever their times and places: hosts with the same digest run the same code."""
+    import gearshift
+
+    root, digest = Path(gearshift.__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c", ".h")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def python_finding(version: tuple[int, ...], executable: str) -> Finding:
+    found = f"{'.'.join(map(str, version[:3]))} ({executable})"
+    if version >= PYTHON:
+        return ok("python", found)
+    return wrong("python", found, f"Gearshift needs {'.'.join(map(str, PYTHON))} or newer")
+
+
+def package_findings() -> Iterator[Finding]:
+    """Of every package that Gearshift's own metadata names, but those for its tests."""
+    try:
+        requirements = importlib.metadata.requires("gearshift") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield note("gearshift", "is not installed, its folder is on the path", "pip install -e . checks versions")
+        return
+    from packaging.requirements import Requirement
+
+    for text in requirements:
+        requirement = Requirement(text)
+        extra = re.search(r"extra == [\"'](\w+)[\"']", text)
+        if extra and extra[1] not in EXTRAS:
+            continue
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra[1] if extra else ""}):
+            continue
+        version = installed(requirement.name)
+        yield package_finding(requirement, version, extra[1] if extra else None)
+
+
+def package_finding(requirement: object, version: str | None, extra: str | None) -> Finding:
+    """`requirement`: a `packaging` Requirement; `extra`: the option that brings it, of one that is optional."""
+    from packaging.requirements import Requirement
+
+    assert isinstance(requirement, Requirement)
+    name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
+    if version is not None and requirement.specifier.contains(version, prereleases=True):
+        return ok(name, version)
+    if extra is None:
+        found = "is not installed" if version is None else f"{version} is not {requirement.specifier}"
+        return wrong(name, found, f'pip install "{wanted}"')
+    if version is None:
+        return note(name, "is not installed", f'only for {EXTRAS[extra]}: pip install "gearshift[{extra}]"')
+    return note(name, f"{version} is not {requirement.specifier}", f'{EXTRAS[extra]} needs it: pip install "{wanted}"')
+
+
+def compiler_findings(gpus: bool) -> Iterator[Finding]:
+    """What DeepSpeed's extensions and Gearshift's own library are compiled with."""
+    # As at the start of a run: the environment's own ninja, also when the environment is not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    for what, names, use in [
+        (
+            "C++ compiler",
+            [os.environ.get("CXX", "c++"), "g++"],
+            "rollouts on the CPU then reduce over gloo, slower",
+        ),
+        (
+            "C compiler",
+            [os.environ.get("CC", "cc"), "gcc"],
+            "builds Gearshift's library for the CPU (pip install)",
+        ),
+        ("ninja", ["ninja"], "DeepSpeed's extensions are built with it: pip install ninja"),
+    ]:
+        found = next((where for name in names if (where := shutil.which(name, path=path))), None)
+        yield ok(what, found) if found else note(what, "none found", use)
+    nvcc = shutil.which("nvcc", path=path) or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin")
+    if gpus:
+        use = "only for DeepSpeed's own CUDA extensions (optimizer offload): install CUDA's toolkit, set CUDA_HOME"
+        yield ok("nvcc", nvcc) if nvcc else note("nvcc", "none found", use)
+
+
+def extension_findings(own: Path) -> Iterator[Finding]:
+    """DeepSpeed's shared-memory collectives, compiled once into the folder `own`, and locks of builds that died."""
+    if any(own.glob("*/*.so")):
+        yield ok("shared memory op", f"compiled, in {own}")
+    else:
+        yield note("shared memory op", f"not compiled yet in {own}", "the first run on the CPU does it, about 30 s")
+    torch_folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    for root in dict.fromkeys([own, torch_folder]):
+        for lock in root.glob("**/lock"):
+            yield lock_finding(lock, time.time() - lock.stat().st_mtime, heals=root == own)
+
+
+def lock_finding(lock: Path, age: float, heals: bool) -> Finding:
+    """torch's lock of a build, `age` seconds old; a start that `heals` removes it, any other waits for it for ever."""
+    if age < STALE:
+        return note("build lock", f"{lock} is {age:.0f} s old", "something is being compiled: let it end")
+    found = f"{lock} is {age / 3600:.1f} hours old, of a build that was killed"
+    if heals:
+        return note("build lock", found, "the next run on the CPU removes it")
+    return wrong("build lock", found, "what needs that extension waits for it without end: remove it")
