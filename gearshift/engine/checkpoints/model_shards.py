@@ -19,12 +19,12 @@ from torch import Tensor
 from gearshift.engine.checkpoints.shards import load
 from gearshift.errors import UserError
 
-_MODEL_FILE = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+MODEL_FILE = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 _OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Of a trained parameter: its optimizer group, where in each rank's flat part of it, and its whole shape."""
 
     group: int
@@ -36,7 +36,7 @@ class _Place:
 class ModelShards:
     """`trained`, `frozen`: the parameters, each in the order of its files. `_flats`: by rank and group."""
 
-    trained: Mapping[str, _Place]
+    trained: Mapping[str, Place]
     frozen: Mapping[str, torch.Size]
     _states: list[dict[str, Any]]
     _flats: list[list[Tensor]]
@@ -46,13 +46,13 @@ class ModelShards:
         """Of a model's folder (`step-.../policy`). What trains is read as its moving average where one was kept and
         `raw` does not ask for the fp32 masters. Raises UserError naming a file that is not as it should be."""
         optimizer_files = _optimizer_files(folder)
-        model_files = [folder / _MODEL_FILE.format(rank) for rank in range(len(optimizer_files))]
+        model_files = [folder / MODEL_FILE.format(rank) for rank in range(len(optimizer_files))]
         states = [load(path, mmap=True) for path in model_files]
         flats = [state.get("average") for state in states]
         if raw or None in flats:
             flats = [_fp32_groups(load(path, mmap=True), path) for path in optimizer_files]
         try:
-            places = _places(states[0]["param_shapes"], len(states))
+            places = places_of(states[0]["param_shapes"], len(states))
             return cls(places, states[0]["frozen_param_shapes"] or {}, states, flats)
         except (KeyError, AttributeError):
             raise UserError(f"{model_files[0]}: holds no shapes of parameters") from None
@@ -80,12 +80,13 @@ class ModelShards:
             yield name, self._states[0]["module"][name]
 
 
-def _places(shapes: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Place]:
+def places_of(shapes: list[dict[str, torch.Size]], ranks: int) -> dict[str, Place]:
+    """Where the flat parts of `ranks` ranks hold each parameter, from the shapes in each group."""
     places = {}
     for group, parameters in enumerate(shapes):
         start = 0
         for name, shape in parameters.items():
-            places[name] = _Place(group, start, shape)
+            places[name] = Place(group, start, shape)
             start += -(-shape.numel() // ranks)
     return places
 

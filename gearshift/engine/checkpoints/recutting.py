@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine.checkpoints.model_shards import MODEL_FILE, places_of
 from gearshift.engine.checkpoints.shards import Shards, load
 
 Shapes = list[dict[str, torch.Size]]  # of each group: parameter -> whole shape
@@ -53,7 +54,7 @@ class Recut(Shards):
     def serving(self, engine: Any) -> Iterator[None]:
         self._now = engine._get_zero_param_shapes()
         # DeepSpeed looks whether its file is there. Rank 0's is, and `load` asks for no more than its name.
-        engine._get_all_ckpt_names = lambda folder, name: [f"{folder}/{name}/{_model_file(0)}"]
+        engine._get_all_ckpt_names = lambda folder, name: [f"{folder}/{name}/{MODEL_FILE.format(0)}"]
         try:
             with super().serving(engine):
                 yield
@@ -74,7 +75,7 @@ class Recut(Shards):
         return self._opened[path]
 
     def _model(self, folder: Path) -> dict[str, Any]:
-        path = folder / _model_file(0)
+        path = folder / MODEL_FILE.format(0)
         state = dict(self._of(path, 0))
         state |= {"dp_world_size": self.ranks, "param_shapes": self._now}
         frozen = state.get("frozen_param_shapes") or {}
@@ -123,18 +124,12 @@ class Recut(Shards):
 
     def _groups(self, folder: Path, flats: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
         """The flat tensor of each group as there are now. `flats(rank)`: those that a rank has written."""
-        before: Shapes = self._of(folder / _model_file(0), 0)["param_shapes"]
-        places: dict[str, tuple[int, int, int]] = {}  # parameter -> group, first element, elements of a shard
-        for group, shapes in enumerate(before):
-            at = 0
-            for name, shape in shapes.items():
-                size = -(-shape.numel() // self.old)
-                places[name] = group, at, size
-                at += size
+        before: Shapes = self._of(folder / MODEL_FILE.format(0), 0)["param_shapes"]
+        places = places_of(before, self.old)
 
         def shard(name: str, rank: int) -> Tensor:
-            group, at, size = places[name]
-            return flats(rank)[group][at : at + size]
+            place = places[name]
+            return flats(rank)[place.group][place.start : place.start + -(-place.shape.numel() // self.old)]
 
         return [
             torch.cat([self._recut(partial(shard, name), shape.numel()) for name, shape in shapes.items()])
@@ -143,7 +138,3 @@ class Recut(Shards):
 
     def _recut(self, shard: Callable[[int], Tensor], numel: int) -> Tensor:
         return recut(shard, self.old, numel, self.rank, self.ranks)
-
-
-def _model_file(rank: int) -> str:
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
