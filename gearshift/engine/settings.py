@@ -41,6 +41,11 @@ class OptimizerSettings(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="AdamW: decoupled decay, per step and unit of learning rate")
     max_grad_norm: float = Field(1.0, ge=0, description="Global gradient norm above which gradients are scaled; 0: off")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep the inputs of layers alone, and compute their activations again in the backward pass: less "
+        "memory, about a third more work; in ppo policy and critic",
+    )
 
 
 class LoraSettings(Section):

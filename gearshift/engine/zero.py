@@ -23,7 +23,7 @@ from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.saving import save_pretrained
-from gearshift.errors import NotFinite, UserError
+from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Training:
     max_grad_norm: float = 1.0
     schedule: Schedule = field(default=lambda step: 1.0)
     average: float | None = None  # decay of the moving average of the weights; None: none is kept
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass
 
 
 def zero3_config(world: World, dtype: torch.dtype, training: Training | None, extra: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +69,11 @@ def zero3_config(world: World, dtype: torch.dtype, training: Training | None, ex
     return _merged(config, extra)
 
 
+def on_host(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """A `deepspeed:` section, and the weights lie in host memory until a layer asks for them."""
+    return _merged(extra or {}, {"zero_optimization": {"offload_param": {"device": "cpu"}}})
+
+
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in extra.items():
@@ -86,6 +92,16 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
         eps=training.eps,
         weight_decay=training.weight_decay,
     )
+
+
+def _compute_activations_again(module: Any) -> None:
+    """Raises SettingError for a family that cannot."""
+    # transformers has the first name from 5.20 on, and warns of the second.
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise SettingError("optimizer.gradient_checkpointing", f"{one_line(error)}: leave it out") from error
 
 
 class ZeroModel:
@@ -114,6 +130,8 @@ class ZeroModel:
         module.requires_grad_(training is not None)
         if training is not None and hasattr(module, "lora"):
             train_adapters_only(module)
+        if training is not None and training.gradient_checkpointing:
+            _compute_activations_again(module)
         trained = [p for p in module.parameters() if p.requires_grad]
         schedule = training.schedule if training else None
         self.engine = deepspeed.initialize(

@@ -140,6 +140,8 @@ def _check_reward(config: PpoConfig | CompareConfig | SftConfig) -> None:
         fails("reward.init", function_problem(reward.init))
         if reward.chat_template:
             raise SettingError("reward.chat_template", f"{reward.init} is a function, which reads text: leave it out")
+        if reward.offload:
+            raise SettingError("reward.offload", f"{reward.init} is a function, which has no weights: leave it out")
         return
     fails("reward.init", folders.model_problem(reward.init, classifier=True))
     if reward.chat_template and folders.has_chat_template(reward.init) is False:

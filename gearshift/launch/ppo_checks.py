@@ -18,6 +18,7 @@ def check_ppo(config: PpoConfig, ranks: int) -> None:
     _check_average(config)
     _check_best(config)
     _check_ptx(config)
+    _check_offload(config)
 
 
 def divides(field: str, value: int, divisor: int, what: str, step: int | None = None) -> None:
@@ -130,4 +131,12 @@ def _check_ptx(config: PpoConfig) -> None:
     if config.ptx.data and config.ptx.weight == 0:
         raise SettingError(
             "ptx.data", "with ptx.coef 0 this is plain PPO: leave ptx.coef out (27.8, as InstructGPT's), or ptx.data"
+        )
+
+
+def _check_offload(config: PpoConfig) -> None:
+    if config.reference.offload and config.reference.init == "policy" and config.policy.lora is not None:
+        raise SettingError(
+            "reference.offload",
+            "with policy.lora the reference is the policy without its adapters, no second copy: leave it out",
         )

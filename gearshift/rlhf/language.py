@@ -120,7 +120,7 @@ def _judged(
     policy = HybridEngine.load(config.policy.init, world, **how, **rollout_of(config.rollout))
     prompts = load_rows("data.validation", config.data.validation, encoder.prompts, report)
     assert config.reward.init is not None  # checked before launch
-    settings = RewardSettings(init=config.reward.init, chat_template=config.reward.chat_template)
+    settings = RewardSettings(**config.reward.model_dump())
     frozen = {name: how[name] for name in ("dtype", "micro_batch_size", "deepspeed_extra")}
     reward = load_reward(settings, Asked(encoder.tokenizer, config.data.keys, prompts), world, **frozen)
     sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)

@@ -20,6 +20,7 @@ from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
     dtype_of,
     lacks_value_head,
+    offloaded,
     rollout_of,
     training_of,
 )
@@ -78,8 +79,7 @@ def _reference(
     config: PpoConfig, world: World, policy: CausalModel, common: dict[str, Any]
 ) -> CausalModel | WithoutAdapters:
     """The policy as it starts (with adapters: the policy with them off, no second copy), or a model of its own."""
-    if config.reference.init != "policy":
-        return CausalModel.load(config.reference.init, world, **common)
-    if config.policy.lora is not None:
+    if config.reference.init == "policy" and config.policy.lora is not None:
         return policy.without_adapters()
-    return CausalModel.load(config.policy.init, world, **common)
+    init = config.policy.init if config.reference.init == "policy" else config.reference.init
+    return CausalModel.load(init, world, **offloaded(common, config.reference.offload))

@@ -22,7 +22,7 @@ from gearshift.rlhf.data.encoding import PromptRow
 from gearshift.rlhf.data.formats import Keys, Prompt, read_prompt
 from gearshift.rlhf.data.sources import Record
 from gearshift.rlhf.settings import RewardSettings, names_function
-from gearshift.rlhf.setup import has_same_tokens, require_room
+from gearshift.rlhf.setup import has_same_tokens, offloaded, require_room
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 
@@ -91,6 +91,7 @@ def load_reward(settings: RewardSettings, asked: Asked, world: World, **common: 
     """
     if names_function(settings.init):
         return FunctionReward(load_function(settings.init, "reward.init"), settings.init, asked, world)
+    common = offloaded(common, settings.offload)
     if not settings.chat_template and has_same_tokens(asked.tokenizer, settings.init, "reward.init"):
         require_room(asked.tokenizer, settings.init, "reward.init")
         return RewardModel.load(settings.init, world, **common)

@@ -69,6 +69,7 @@ class ChoosingRewardSettings(Section):
 
     init: str | None = Field(None, description="train.best: score: as reward.init of gearshift ppo; null: none")
     chat_template: bool = Field(False, description="As in gearshift ppo")
+    offload: bool = Field(False, description="As in gearshift ppo")
 
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -94,12 +95,14 @@ class ReferenceSettings(Section):
     """The model that the KL penalty holds the policy to."""
 
     init: str = Field("policy", description='"policy": the policy as it starts; or a Hugging Face folder')
+    offload: bool = Field(False, description="Its weights lie in host memory, fetched layer by layer")
 
 
 class FixedReferenceSettings(Section):
     """The model that a comparison measures KL against."""
 
     init: str = Field(description="Hugging Face folder or hub name, such as the SFT model")
+    offload: bool = Field(False, description="Its weights lie in host memory, fetched layer by layer")
 
 
 class RewardSettings(Section):
@@ -112,6 +115,7 @@ class RewardSettings(Section):
     chat_template: bool = Field(
         False, description="Give it prompt and response as turns of its own tokenizer's chat template"
     )
+    offload: bool = Field(False, description="Its weights lie in host memory, fetched layer by layer")
 
 
 class TrackingSettings(Section):

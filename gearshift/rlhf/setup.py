@@ -12,6 +12,7 @@ from gearshift.engine import CausalModel, Sampling, StopStrings, Training, World
 from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings, RolloutSettings
+from gearshift.engine.zero import on_host
 from gearshift.errors import SettingError, UserError
 from gearshift.rlhf.agreement import read_alike
 from gearshift.rlhf.data.encoding import Block, Encoder
@@ -48,6 +49,7 @@ def training_of(
         max_grad_norm=optimizer.max_grad_norm,
         schedule=schedule,
         average=average,
+        gradient_checkpointing=optimizer.gradient_checkpointing,
     )
 
 
@@ -172,6 +174,11 @@ def rollout_of(rollout: RolloutSettings) -> dict[str, Any]:
         "record_steps": rollout.record_steps,
         "offload_optimizer": rollout.offload_optimizer,
     }
+
+
+def offloaded(common: dict[str, Any], offload: bool) -> dict[str, Any]:
+    """How a model is loaded that the config's section may ask to keep in host memory."""
+    return {**common, "deepspeed_extra": on_host(common["deepspeed_extra"])} if offload else common
 
 
 def stop_tokens(tokenizer: Any, module: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.rewards import Asked, load_reward
 from gearshift.rlhf.settings import CompareConfig
-from gearshift.rlhf.setup import dtype_of, encoder_of, rollout_of, sampling_of, text_blocks
+from gearshift.rlhf.setup import dtype_of, encoder_of, offloaded, rollout_of, sampling_of, text_blocks
 from gearshift.rlhf.statistics import bootstrap_mean
 from gearshift.rlhf.supervised import evaluate
 
@@ -66,7 +66,8 @@ class Examination:
         }
         asked = Asked(encoder.tokenizer, config.data.keys, prompts, selection)
         self._reward = load_reward(config.reward, asked, world, **common)
-        self._reference = CausalModel.load(config.reference.init, world, **common)
+        reference = config.reference
+        self._reference = CausalModel.load(reference.init, world, **offloaded(common, reference.offload))
         text = encoder_of(config.data, encoder.tokenizer, config.ptx.max_tokens)
         self._text: list[Block] = text_blocks("ptx.validation", config.ptx.validation, text, report)
 
