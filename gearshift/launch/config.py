@@ -226,8 +226,9 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
             yield from fields(inner, f"{prefix}{name}.")
             continue
         named = [a for a in get_args(info.annotation) if _inner(a)]
-        if named:  # a dictionary of sections, such as systems
-            yield from fields(named[0], f"{prefix}{name}.NAME.")
+        if named:  # a section that may be left out, such as policy.lora; or a dictionary of them, such as systems
+            between = "NAME." if get_origin(info.annotation) is dict else ""
+            yield from fields(named[0], f"{prefix}{name}.{between}")
             continue
         default = "" if info.is_required() else _yaml(info.get_default(call_default_factory=True))
         yield f"{prefix}{name}", _type_name(info.annotation), default, info.description or ""
@@ -247,6 +248,7 @@ def _yaml(value: Any) -> str:
 def _type_name(annotation: Any) -> str:
     text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation))
     text = re.sub(r"typing\.Optional\[(.*)\]", r"\1", text)
+    text = re.sub(r"typing\.Union\[(.*)\]", lambda m: m[1].replace(", ", " | ", 1), text)
     text = re.sub(r"typing\.(Literal\[(.*?)\])", lambda m: m[2].replace("'", "").replace(", ", "|"), text)
     return text.replace(" | None", "").replace("typing.Any", "any").replace("dict[str, any]", "mapping")
 
