@@ -139,7 +139,7 @@ def test_a_sum_over_ranks() -> None:
         "[INFO] x\nbeta: torch.DistNetworkError: port: 29500, EADDRINUSE\npdsh@vm: beta: ssh exited with exit code 1\n"
     )
     assert cause_in(said) == "beta: torch.DistNetworkError: port: 29500, EADDRINUSE"
-    assert cause_in("pdsh: no host\n\n") == "pdsh: no host"
+    assert cause_in("sh: no deepspeed\npdsh@vm: beta: ssh exited with exit code 1\n") == "sh: no deepspeed"
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------
@@ -237,21 +237,22 @@ def test_this_machine_is_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_hosts_behind_ssh(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two that answer, one that refuses, one without Python: each named, nothing left, and the exit code tells."""
+    """Three that answer, one that refuses, one without Python: each named, nothing left, and the exit code tells."""
     monkeypatch.setenv("PATH", f"{fake_ssh.write(here / 'bin')}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(here))
     Path(".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\n")
-    Path("hosts").write_text("alpha slots=1\nbeta slots=1\ngone slots=1\nbare slots=1\n")
+    Path("hosts").write_text("chatty slots=1\nalpha slots=1\nbeta slots=1\ngone slots=1\nbare slots=1\n")
     before = set(here.iterdir())
     assert main(["doctor", "--quick", "--hostfile", "hosts"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    for host, other in (("alpha", "beta"), ("beta", "alpha")):
+    for host, others in (("alpha", "chatty, beta"), ("beta", "chatty, alpha")):
         of_host = [line for line in lines if line[6:].startswith(host)]
         assert f"ok    {host:<18}reached by ssh; the same versions and code as here" in of_host
-        assert any(f"reaches {other} through " in line for line in of_host)
+        assert any(f"reaches {others} through " in line for line in of_host)
         assert any(line.startswith(f"ok    {host:<18}clock ") for line in of_host)
     assert any(line.startswith("WRONG gone              ssh: ssh: connect to host gone port 22") for line in lines)
+    assert any(line.startswith("WRONG chatty            its shell prints 'Welcome' before") for line in lines)
     assert any(line.startswith("WRONG bare              the probe ended with exit code 127") for line in lines)
     assert "note  all-reduce        not tried: mend what is WRONG first" in lines
-    assert lines[-1].startswith("2 would break a run, ")
+    assert lines[-1].startswith("3 would break a run, ")
     assert set(here.iterdir()) == before

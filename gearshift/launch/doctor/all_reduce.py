@@ -34,7 +34,8 @@ def finding(hostfile: str | None, ranks: int, devices: list[int]) -> Finding:
     if line is not None:
         return sum_finding(what, json.loads(line), ranks)
     print(err, end="", file=sys.stderr)
-    ended = f"no sum after {SECONDS + 30} s" if code is None else f"the processes ended with exit code {code}"
+    late = code is None or code == 256 - signal.SIGALRM  # as DeepSpeed's launcher passes on a rank's signal
+    ended = f"no sum after {SECONDS} s" if late else f"the processes ended with exit code {code}"
     return wrong(what, f"{ended}: {cause_in(err)}", "what they said is on standard error; NCCL_DEBUG=INFO tells more")
 
 
@@ -49,7 +50,7 @@ def sum_finding(what: str, found: dict[str, Any], ranks: int) -> Finding:
 
 def cause_in(text: str) -> str:
     """The line of what processes and launcher said that tells most: the first that names an error, else the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("pdsh@")]
     errors = (line for line in lines if re.search(r"\b\w*(Error|Exception): |^gearshift ", line))
     return next(errors, lines[-1] if lines else "nothing was said")
 

@@ -45,6 +45,8 @@ def findings(asked: Mapping[str, int], run_folder: Path) -> Iterator[Finding]:
                 yield unreachable_finding(host, answer.code, str(answer))
                 continue
             yield from host_findings(host, answer, asked[host], here, settings, len(asked))
+            if len(asked) > 1 and host == next(iter(asked)) and sessions[host].printed:
+                yield printed_finding(host, sessions[host].printed[0])
         skews = pool.map(lambda h: _answer(lambda: _skew(sessions[h])), reached)
         for host, skew in zip(list(reached), skews, strict=True):
             if isinstance(skew, Unreachable):  # it was lost meanwhile
@@ -84,6 +86,14 @@ def unreachable_finding(host: str, code: int | None, said: str) -> Finding:
     return wrong(
         host, f"the probe ended with exit code {code}: {said}",
         "the same Python environment and Gearshift must lie at the same path there, and this folder too",
+    )  # fmt: skip
+
+
+def printed_finding(host: str, line: str) -> Finding:
+    """Of the first host, whose address DeepSpeed's launcher takes to be the first word of `ssh HOST hostname -I`."""
+    return wrong(
+        host, f"its shell prints {line!r} before any command", "the launcher takes the first word for the "
+        "address where all ranks meet: print only in interactive shells (.bashrc, .profile)",
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Session:
 
     def __init__(self, host: str):
         self.host = host
+        self.printed: list[str] = []  # what the host's login shell says before any command runs
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             remote_words(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -56,6 +57,7 @@ class Session:
             for line in self._process.stdout:
                 if line.startswith(MARK):
                     return json.loads(line.removeprefix(MARK))
+                self.printed.append(line.strip())
         except BrokenPipeError:
             pass
         finally:
