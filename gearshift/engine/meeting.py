@@ -11,9 +11,11 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -106,21 +108,46 @@ def _difference(cards: Mapping[int, Card], with_config: bool, most: int = 3) -> 
 
 def _open_store(rank: int, size: int, host: str, seconds: float) -> Any:
     """The store that a launcher's agent keeps (torchrun), or else rank 0's own. Raises UserError."""
+    store: Any
     timeout = timedelta(seconds=seconds)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         return store
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank != 0:
+        store = _within(seconds, lambda: _store_at_address(rank, size, timeout))
+        if store is None:
+            raise _no_answer(rank, host, seconds)
+        return store
     try:
-        return dist.TCPStore(address, port, size, rank == 0, timeout, wait_for_workers=False)
+        return _store_at_address(rank, size, timeout)
     except RuntimeError as error:
-        if rank == 0 and f"code: -{errno.EADDRINUSE}" in str(error):
-            raise UserError(
-                f"port {port} of {host} is in use by another program: give another one (--master_port N)"
-            ) from None
-        if rank == 0:
-            raise UserError(f"{host} cannot listen on port {port}: {one_line(error)}") from None
-        raise _no_answer(rank, host, seconds) from None
+        port = os.environ["MASTER_PORT"]
+        if f"code: -{errno.EADDRINUSE}" in str(error):
+            problem = f"port {port} of {host} is in use by another program: give another one (--master_port N)"
+        else:
+            problem = f"{host} cannot listen on port {port}: {one_line(error)}"
+        raise UserError(problem) from None
+
+
+def _store_at_address(rank: int, size: int, timeout: timedelta) -> Any:
+    # A rank that gives up says so before torch does, at length.
+    patience = timeout if rank == 0 else timeout + timedelta(seconds=60)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, size, rank == 0, patience, wait_for_workers=False)
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """`make()`, or None after `seconds`: torch waits for ever for a server that takes the connection and is silent."""
+    made: list[Any] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):
+            made.append(make())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return made[0] if made else None
 
 
 def _no_answer(rank: int, host: str, seconds: float) -> UserError:
