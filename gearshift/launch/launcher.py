@@ -208,8 +208,8 @@ def hosts_command(command: str, arguments: Arguments, names: Sequence[str], addr
     words = ["--hostfile", str(arguments.hostfile), *(f"--{name}={value}" for name, value in options.items())]
     if len(names) == 1:
         words.append("--force_multi")  # it may not be this host
-    # For Slurm DeepSpeed forgets --module, so the word goes to Python itself.
-    module = ["--", "-m"] if launcher == "slurm" else ["--module"]
+    # For Slurm DeepSpeed forgets --module, so the word goes to Python itself; and its hosts need not let anybody in.
+    module = ["--no_ssh_check", "--", "-m"] if launcher == "slurm" else ["--module"]
     return [*_RUNNER, *words, *module, f"gearshift.launch.{command}", *_stage_words(arguments)]
 
 
