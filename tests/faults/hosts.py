@@ -2,7 +2,7 @@
 
 Their network cards, both called eth0, are the two ends of one cable (a veth pair). Nothing of a host is seen outside
 it, and nothing is left when its first process has ended. Hosts share the file system, but for /dev/shm, /run and what a
-test puts in a place of its own (`Host.replace`).
+test puts in a place of its own (`Host.replaced`).
 """
 
 from __future__ import annotations
@@ -86,32 +86,33 @@ class Host:
     address: str
     first: int  # the id, outside, of its first process
 
-    def words(self, *words: str) -> list[str]:
-        """The command that runs `words` on this host, in the current folder."""
-        return [
-            "nsenter",
-            f"--target={self.first}",
-            "--net",
-            "--uts",
-            "--pid",
-            "--mount",
-            f"--wd={os.getcwd()}",
-            *words,
-        ]
+    def words(self, *words: str, folder: Path = ROOT) -> list[str]:
+        """The command that runs `words` on this host, in `folder`."""
+        spaces = ["--net", "--uts", "--pid", "--mount"]
+        return ["nsenter", f"--target={self.first}", *spaces, f"--wd={folder}", *words]
 
     def run(self, *words: str) -> str:
         return subprocess.run(self.words(*words), check=True, capture_output=True, text=True).stdout
 
-    def replace(self, path: Path, by: Path) -> None:
+    @contextmanager
+    def replaced(self, path: Path, by: Path) -> Iterator[None]:
         """`path` is what `by` is, on this host alone."""
         self.run("mount", "--bind", str(by), str(path))
-
-    def restore(self, path: Path) -> None:
-        self.run("umount", str(path))
+        try:
+            yield
+        finally:
+            self.run("umount", str(path))
 
     def cable(self, state: str) -> None:
         """`down` or `up`."""
         self.run("ip", "link", "set", "eth0", state)
+
+    def find(self, words: str) -> int:
+        """The process id, on this host, of the one Python process whose command line has these words."""
+        listing = self.run("ps", "-eo", "pid=,args=")
+        found = [line.split() for line in listing.splitlines() if words in line and "launcher.launch" not in line]
+        (process,) = [line[0] for line in found if "python" in line[1] and "deepspeed.launcher.runner" not in line]
+        return int(process)
 
     def pythons(self) -> list[str]:
         """Command lines of Python processes that live here."""
