@@ -126,7 +126,7 @@ def test_two_hosts_compute_what_one_does(whole: tuple[Path, str], folder: Path) 
     assert code == 0, said
     ours, theirs = losses(run), losses(folder / "one")
     assert len(ours) == len(theirs) == ITERATIONS
-    assert {"loss/policy", "loss/value", "loss/pretraining"} <= set(ours[0])
+    assert {"loss/policy_avg", "loss/value_avg", "loss/ptx_avg"} <= set(ours[0])
     for found, expected in zip(ours, theirs, strict=True):
         assert found == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
