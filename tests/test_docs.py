@@ -1,4 +1,4 @@
-"""docs/instructgpt.md: the files, names, settings and defaults that it gives are there."""
+"""What docs/instructgpt.md and docs/multi-node.md name is there: files, settings, defaults, options."""
 
 import ast
 import re
@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from gearshift.launch.config import CONFIGS, fields
+from gearshift.launch.overrides import LAUNCHER
+from gearshift.launch.world_table import world_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/instructgpt.md").read_text(encoding="utf-8")
@@ -34,3 +36,16 @@ def test_a_setting_has_its_default(command: str, field: str, default: str) -> No
     assert field in known
     if default:
         assert yaml.safe_load(known[field]) == yaml.safe_load(default)
+
+
+def test_the_page_on_several_hosts() -> None:
+    """Its table is what is printed, its options and settings are there."""
+    page = (ROOT / "docs/multi-node.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in world_table(["gear-a"] * 2 + ["gear-b"] * 2, 2)) in page
+    options = re.search(r"goes on to it: (.*?)\. A value", page, re.DOTALL)
+    assert options is not None
+    assert re.findall(r"`--(\w+)`", options[1]) == list(LAUNCHER)
+    known = {name for name, *_ in fields(CONFIGS["ppo"])}
+    settings = set(re.findall(r"`((?:run|rollout|checkpoint)\.\w+)(?:: \d+)?`", page))
+    assert len(settings) >= 5
+    assert settings <= known

@@ -48,7 +48,7 @@ class Saver:
         self._small_files: dict[str, bytes] = {}
         self.checkpoints = Checkpoints(Path(config.run.folder) / FOLDER, world, config.checkpoint.keep)
         self.done = self._resume() if config.checkpoint.resumes else self._start()
-        self._signals = StopSignals() if config.checkpoint.every else None
+        self._signals = StopSignals(Path(config.run.folder)) if config.checkpoint.every else None
 
     def after(self, step: int, score: float | None = None) -> None:
         """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective.

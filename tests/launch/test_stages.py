@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gearshift.launch.launcher import free_port
+from gearshift.launch.processes import free_port
 from tests.rlhf.test_ppo import METRICS
 from tests.rlhf.tiny import prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
 from tests.run_folder import unnamed
