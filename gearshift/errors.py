@@ -17,6 +17,10 @@ class SettingError(UserError):
         self.field, self.problem = field, problem
 
 
+class Told(UserError):
+    """A mistake that another rank says aloud: this one ends without a word."""
+
+
 class NotFinite(UserError):
     """A loss, score, value or gradient is NaN or infinite. Raised on every rank, before any weight changes."""
 

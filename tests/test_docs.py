@@ -9,7 +9,9 @@ import yaml
 
 from gearshift.launch.cli import COMMANDS
 from gearshift.launch.config import CONFIGS, fields
+from gearshift.launch.overrides import LAUNCHER
 from gearshift.launch.reference import page
+from gearshift.launch.world_table import world_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/instructgpt.md").read_text(encoding="utf-8")
@@ -76,3 +78,16 @@ def test_messages_in_the_page_on_troubles_are_told_somewhere() -> None:
     for cell in cells:
         for part in re.split(r"\.\.\.|\b[NR]\b", cell):
             assert part.strip(" ;,:") in SOURCE, part
+
+
+def test_the_page_on_several_hosts() -> None:
+    """Its table is what is printed, its options and settings are there."""
+    text = (ROOT / "docs/multi-node.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in world_table(["gear-a"] * 2 + ["gear-b"] * 2, 2)) in text
+    options = re.search(r"goes on to it: (.*?)\. A value", text, re.DOTALL)
+    assert options is not None
+    assert re.findall(r"`--(\w+)`", options[1]) == list(LAUNCHER)
+    known = {name for name, *_ in fields(CONFIGS["ppo"])}
+    settings = set(re.findall(r"`((?:run|rollout|checkpoint)\.\w+)(?:: \d+)?`", text))
+    assert len(settings) >= 5
+    assert settings <= known

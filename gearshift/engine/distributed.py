@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,9 +82,10 @@ def _to_other_ranks(error: Exception | None) -> Exception | None:
     return RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
 
 
-def init_distributed() -> World:
+def init_distributed(store: Any = None) -> World:
     """Join the process group that the launcher's environment describes (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`).
 
+    `store`: where the ranks have met (`meet`); without it they find each other at `MASTER_ADDR` and `MASTER_PORT`.
     DeepSpeed compiles its shared-memory all-reduce for CPUs on the first start (about 30 s).
     """
     import deepspeed
@@ -102,10 +104,31 @@ def init_distributed() -> World:
         if on_cpu:
             build_shared_memory_ops()
         with _quiet_stdout():
+            if store is not None:
+                _init_on(store, local_rank)
             deepspeed.init_distributed(verbose=False)
         _unlink_shared_memory()
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def _init_on(store: Any, local_rank: int) -> None:
+    """The process group as DeepSpeed would start it, which takes up what is there; it has no way to name a store."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.constants import default_pg_timeout
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    accelerator = get_accelerator()
+    device = torch.device("cuda", local_rank) if accelerator.device_name() == "cuda" and size > 1 else None
+    store.set_timeout(default_pg_timeout)
+    dist.init_process_group(
+        accelerator.communication_backend_name(),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=default_pg_timeout,
+        device_id=device,
+    )
 
 
 def _local_size() -> int:

@@ -48,3 +48,15 @@ class Placement:
 
     def host(self, rank: int) -> int:
         return rank // self.per_host
+
+
+def named(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 0 to 3`, or `ranks 0 to 3, 5`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

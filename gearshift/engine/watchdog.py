@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch.distributed as dist
 
 from gearshift.engine.distributed import World
+from gearshift.engine.endings import code_of_the_first, own_store, several_hosts
+from gearshift.engine.placement import named
+from gearshift.errors import Paused
 
 HUNG = 76  # exit code; EX_PROTOCOL of sysexits.h, which nothing else here uses
 
@@ -45,6 +47,10 @@ class _Seen:
             self.moves, self.moved_at = int(moves), time.monotonic()
         self.process, self.place, self.phase = process, place, phase
 
+    @property
+    def host(self) -> str:
+        return self.process.partition(":")[0]
+
 
 class Watchdog:
     """Watches this rank and, on rank 0, all of them; `seconds` without a sign of life or a change of phase is too long.
@@ -55,7 +61,8 @@ class Watchdog:
     def __init__(self, world: World, seconds: float, end: Callable[[str], None] | None = None):
         self.world, self.seconds, self.interval = world, seconds, min(5.0, seconds / 10)
         self._end = end or self._exit
-        self._store = dist.PrefixStore("gearshift/alive", _own_connection())
+        self._store, self._ending = own_store("alive"), own_store("ending")
+        self._lost = False
         self._phases = ["between phases"]
         self._moves = self._beats = 0
         self._seen = {rank: _Seen() for rank in (range(world.size) if world.is_main else (0,))}
@@ -74,6 +81,20 @@ class Watchdog:
         """This rank tells nothing more."""
         self._closed.set()
         self._changed.set()
+
+    def wait_for_verdict(self) -> None:
+        """A connection broke, so some rank has ended: which one is found without waiting for `seconds`, and this
+        process then ends. Returns when nothing is found."""
+        self._lost = True
+        self._closed.wait(6 * self.interval + 5)
+        if self._closed.is_set():
+            time.sleep(self.interval + 5)  # the thread that has the verdict ends the process
+
+    def linger(self) -> None:
+        """This rank ends and has said why; who keeps the store stays until the others have read that."""
+        self.stop()
+        if self.world.is_main:
+            time.sleep(2 * self.interval)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -106,6 +127,9 @@ class Watchdog:
         for rank, seen in self._seen.items():
             if self._store.check([str(rank)]):
                 seen.update(self._store.get(str(rank)).decode())
+        code = code_of_the_first(self._ending)
+        if code is not None and not self._closed.is_set():
+            os._exit(code)
         verdict = self._verdict()
         if self.world.is_main and verdict:
             self._store.set("verdict", verdict)
@@ -125,49 +149,58 @@ class Watchdog:
 
     def _look_after_turns(self) -> None:
         """Rank 0 keeps the store: when it has stopped, a turn does not come back."""
-        if not self.world.is_main and time.monotonic() - self._turned > self.seconds and not self._closed.is_set():
+        patience = min(self.seconds, 4 * self.interval) if self._lost else self.seconds
+        if not self.world.is_main and time.monotonic() - self._turned > patience and not self._closed.is_set():
             self._closed.set()
-            self._end(_stopped(0, self._seen[0], self.seconds))
+            self._end(self._stopped(0, patience))
 
     def _verdict(self) -> str:
         """What to say of the rank to blame, or nothing."""
         now = time.monotonic()
         hung = self.world.is_main and all(now - seen.moved_at > self.seconds for seen in self._seen.values())
         # Where none comes further, a rank that has missed a few signs of life is the one that they wait for.
-        silent = 3 * self.interval if hung else self.seconds
+        silent = min(3 * self.interval, self.seconds) if hung or self._lost else self.seconds
         for rank, seen in self._seen.items():
             if now - seen.beat_at > silent:
-                return _stopped(rank, seen, self.seconds)
+                return self._stopped(rank, silent if self._lost else self.seconds)
         if hung:
             # Most wait for the others; which does not, its line of code tells. Nothing need be killed: all read this.
             least = sorted(self._seen, key=lambda rank: self._seen[rank].moves)[:8]
             each = ", ".join(
-                f"rank {rank} hangs in {self._seen[rank].phase} ({self._seen[rank].place})" for rank in least
+                f"{self._named(rank)} hangs in {self._seen[rank].phase} ({self._seen[rank].place})" for rank in least
             )
             return f"-||no rank has come further for {self.seconds:g} s: {each}"
         return ""
 
+    def _named(self, rank: int) -> str:
+        """`rank 3`; over several hosts also where it is."""
+        host = self._seen[rank].host
+        return f"rank {rank} on {host}" if host and several_hosts() else f"rank {rank}"
+
+    def _stopped(self, rank: int, seconds: float) -> str:
+        """The verdict on a rank that has not been heard of for `seconds`, or on its whole host."""
+        seen, now = self._seen[rank], time.monotonic()
+        neighbours = [r for r, other in self._seen.items() if other.host == seen.host]
+        # They tell of themselves in turns.
+        quiet = all(now - self._seen[r].beat_at > seconds - 2 * self.interval for r in neighbours)
+        who = f"{self._named(rank)} has stopped"
+        if self.world.is_main and seen.host and len(neighbours) > 1 and quiet and several_hosts():
+            who = f"host {seen.host} ({named(neighbours)}) has stopped or is cut off"
+        return f"{rank}|{seen.process}|{who} in {seen.phase}: no sign of it for {seconds:g} s"
+
     def _exit(self, verdict: str) -> None:
         rank, process, told = verdict.split("|", 2)
-        if self.world.rank == (1 if rank == "0" else 0):  # the first of those that live
+        host, _, pid = process.partition(":")
+        # The first of those that live; without rank 0 and its store, the first of each other host.
+        speaks = self.world.rank == (1 if rank == "0" else 0)
+        if speaks or (rank == "0" and self.world.local_rank == 0 and host != socket.gethostname()):
             print(f"{told}; the run ends here", file=sys.stderr, flush=True)
         if self.world.is_main:
             time.sleep(min(2 * self.interval, 2.0))  # the store is this rank's: the others must have read it
-        host, _, pid = process.partition(":")
         if pid and host == socket.gethostname():
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(int(pid), signal.SIGKILL)  # a stopped process would not even notice a request
         os._exit(HUNG)
-
-
-def _stopped(rank: int, seen: _Seen, seconds: float) -> str:
-    return f"{rank}|{seen.process}|rank {rank} has stopped in {seen.phase}: no sign of it for {seconds:g} s"
-
-
-def _own_connection() -> Any:
-    """To the process group's store: the main thread may be waiting on its own."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    return store.clone()
 
 
 _current: Watchdog | None = None
@@ -181,12 +214,17 @@ def watching(world: World, seconds: float) -> Iterator[None]:
         yield
         return
     _current = Watchdog(world, seconds)
+    goes_on = False
     try:
         yield
         _current.close()
+    except Exception as error:
+        goes_on = several_hosts() and not isinstance(error, Paused)  # for `wait_for_verdict` and `linger`
+        raise
     finally:
-        _current.stop()
-        _current = None
+        if not goes_on:
+            _current.stop()
+            _current = None
 
 
 @contextmanager
@@ -197,3 +235,15 @@ def phase(name: str) -> Iterator[None]:
         return
     with _current.phase(name):
         yield
+
+
+def wait_for_verdict() -> None:
+    """Where a connection broke in a run that is watched over several hosts, ends this process with the one to blame."""
+    if _current is not None:
+        _current.wait_for_verdict()
+
+
+def linger() -> None:
+    """This rank ends, and the others are to know that it has said why."""
+    if _current is not None:
+        _current.linger()

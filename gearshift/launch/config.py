@@ -258,7 +258,9 @@ def help_text(command: str) -> str:
     config_class = CONFIGS[command]
     doc = (config_class.__doc__ or "").strip()
     lines = [
-        f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--hostfile HOSTS]"
+        f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--master_port PORT] [--hostfile HOSTS"
+        " [--include|--exclude HOST[:SLOTS]@...] [--launcher pdsh|openmpi|slurm] [--launcher_args=ARGS]"
+        " [--master_addr ADDRESS] [--ssh_port PORT] [--venv_script FILE]]"
         + (" [--resume auto|PATH|never] [--max-restarts N]" if "checkpoint" in config_class.model_fields else ""),
         "",
         doc,

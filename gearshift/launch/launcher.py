@@ -1,36 +1,34 @@
 """A stage's way from the command line to its processes.
 
 `run_command` is the whole of `gearshift ppo` and of `gearshift.launch.ppo`: typed at a shell it checks the config and
-starts DeepSpeed's launcher; started by that launcher (or torchrun) it runs the stage in this process.
+starts DeepSpeed's launcher; started by that launcher (or torchrun, mpirun, srun) it runs the stage in this process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
+import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gearshift.engine.checkpoints.reading import steps
 from gearshift.engine.checkpoints.settings import FOLDER
-from gearshift.errors import Paused, UserError
+from gearshift.errors import UserError
+from gearshift.launch.devices import visible_gpus
+from gearshift.launch.environment import adopt_launcher
+from gearshift.launch.hostfile import read_hostfile, selected
 from gearshift.launch.overrides import Arguments, parse_arguments
+from gearshift.launch.processes import PAUSED, OneHost, free_port, run_to_end
+from gearshift.launch.rank import USER_ERROR, run_rank
+from gearshift.rlhf.settings import Config
 
-# Seconds. DeepSpeed's launcher looks once a second for a process that failed, and then ends the others.
-LAUNCHER_POLL = 1.0
-USER_ERROR, CRASH = 2, 1
-PAUSED = 75  # EX_TEMPFAIL: a signal came, the run was saved, --resume auto goes on with it
+# The program by which DeepSpeed knows that a launcher is there.
+PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "slurm": "sinfo"}
 
 
 def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any], None]) -> int:
@@ -44,6 +42,7 @@ def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any],
             return 0
         if arguments.config is None:
             raise UserError(f"a config file is missing: gearshift {command} CONFIG.yaml")
+        adopt_launcher(os.environ)
         if not under_launcher():
             return launch(command, arguments)
     except UserError as error:
@@ -51,68 +50,12 @@ def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any],
         if os.environ.get("RANK", "0") == "0":
             print(f"gearshift {command}: {error}", file=sys.stderr)
         return USER_ERROR
-    return _work(command, arguments, stage)
+    return run_rank(command, arguments, stage)
 
 
 def under_launcher() -> bool:
     """Whether a distributed launcher started this process."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-# --- in a rank -------------------------------------------------------------------------------------------------------
-
-
-def _work(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> NoReturn:
-    """Runs the stage in this rank, which ends here; the rank that failed first is the only one that speaks."""
-    from gearshift.launch.config import load
-
-    prepare_environment()
-    # DeepSpeed calls collectives by names that torch is renaming: nothing that a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    rank = int(os.environ["RANK"])
-    try:
-        assert arguments.config is not None
-        stage(load(command, arguments.config, arguments.overrides, ranks=int(os.environ["WORLD_SIZE"])))
-    except UserError as error:
-        # An error of all ranks is told by rank 0; the launcher ends the others before they come to it.
-        _fail(f"gearshift {command}: {error}", USER_ERROR, wait=0 if rank == 0 else 3 * LAUNCHER_POLL)
-    except Paused as paused:
-        _fail(f"gearshift {command}: {paused}" if rank == 0 else "", PAUSED, wait=0)
-    except KeyboardInterrupt:
-        _fail("", 128 + signal.SIGINT, wait=0)
-    except Exception:
-        # Often only "connection closed by peer", because another rank has failed: wait for that one to be found.
-        _fail(traceback.format_exc(), CRASH, wait=(3 if rank == 0 else 6) * LAUNCHER_POLL)
-    _leave(0)
-
-
-def _fail(message: str, code: int, wait: float) -> NoReturn:
-    # Who waits here is ended by the launcher's SIGTERM; the run's own handler would only note it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(wait)
-    if message:
-        print(message, file=sys.stderr)
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: tearing down a process group whose peers are busy can hang, and threads of gloo that are still there
-    # at the interpreter's end have been seen to abort a run that was complete.
-    os._exit(code)
-
-
-def prepare_environment() -> None:
-    """Variables that must stand before torch is imported; those that are set already are left alone."""
-    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's shared-memory collectives need it
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns and stops by itself after a fork
-
-
-# --- at the shell ----------------------------------------------------------------------------------------------------
 
 
 def launch(command: str, arguments: Arguments) -> int:
@@ -121,22 +64,20 @@ def launch(command: str, arguments: Arguments) -> int:
 
     assert arguments.config is not None
     config = load(command, arguments.config, arguments.overrides)
-    devices = [] if arguments.hostfile else visible_gpus()
-    ranks = hostfile_ranks(arguments.hostfile) if arguments.hostfile else config.run.ranks or len(devices) or 2
-    if devices and ranks > len(devices):
-        raise UserError(
-            f"{arguments.config}: run.ranks: {ranks}, but {len(devices)} GPUs are visible: use that or fewer"
-        )
-    load(command, arguments.config, arguments.overrides, ranks=ranks)
     environment = dict(os.environ)
-    if devices:
-        # The launcher is told by --include which GPUs; with both it drops the variable and says so.
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-    elif not arguments.hostfile and not Path("/dev/kfd").exists():
-        # Said outright, DeepSpeed does not warn in every process that it found nothing better (or take up a Mac's GPU).
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+    if arguments.hostfile:
+        hosts = chosen_hosts(arguments)
+        load(command, arguments.config, arguments.overrides, ranks=sum(map(len, hosts.values())))
+        check_hosts(config, hosts)
+    else:
+        devices = visible_gpus()
+        ranks = _ranks_here(arguments, config, devices)
+        load(command, arguments.config, arguments.overrides, ranks=ranks)
     for left in range(arguments.max_restarts, -1, -1):
-        code = run_to_end(launch_command(command, arguments, ranks, devices, free_port()), environment)
+        if arguments.hostfile:
+            code = _run_on_hosts(command, arguments, config, hosts, environment)
+        else:
+            code = _run_here(command, arguments, ranks, devices, environment)
         if code in (0, USER_ERROR, PAUSED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             return code
         print(f"gearshift {command}: the processes ended with {_meaning(code)}", file=sys.stderr)
@@ -154,167 +95,129 @@ def _again(arguments: Arguments, run_folder: Path) -> Arguments:
     return dataclasses.replace(arguments, overrides=[*rest, ("checkpoint.resume", "auto")])
 
 
-def launch_command(command: str, arguments: Arguments, ranks: int, devices: list[int], port: int) -> list[str]:
-    """`deepspeed ... --module gearshift.launch.COMMAND --config ...`, by this interpreter.
+# --- on this host ----------------------------------------------------------------------------------------------------
 
-    On one host: `ranks` processes, on the first `ranks` of `devices` (indices of visible GPUs; none: on the CPU).
-    """
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-    if arguments.hostfile:
-        words += ["--hostfile", arguments.hostfile]
-    else:
-        where = ["--include", f"localhost:{','.join(map(str, devices[:ranks]))}"] if devices else []
-        # No file: the launcher would otherwise look for /job/hostfile.
-        words += ["--hostfile", os.devnull, *(where or ["--num_accelerators", str(ranks)]), "--master_port", str(port)]
-    words += ["--module", f"gearshift.launch.{command}", "--config", str(arguments.config)]
+
+def _ranks_here(arguments: Arguments, config: Config, devices: list[int]) -> int:
+    ranks = config.run.ranks or len(devices) or 2
+    if devices and ranks > len(devices):
+        raise UserError(
+            f"{arguments.config}: run.ranks: {ranks}, but {len(devices)} GPUs are visible: use that or fewer"
+        )
+    return ranks
+
+
+def _run_here(
+    command: str, arguments: Arguments, ranks: int, devices: list[int], environment: Mapping[str, str]
+) -> int:
+    environment = dict(environment)
+    if devices:
+        # The launcher is told by --include which GPUs; with both it drops the variable and says so.
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    elif not Path("/dev/kfd").exists():
+        # Said outright, DeepSpeed does not warn in every process that it found nothing better (or take up a Mac's GPU).
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    port = int(arguments.launcher.get("master_port", 0)) or free_port()
+    return run_to_end(launch_command(command, arguments, ranks, devices, port), environment, OneHost())
+
+
+def launch_command(command: str, arguments: Arguments, ranks: int, devices: list[int], port: int) -> list[str]:
+    """`deepspeed ... --module gearshift.launch.COMMAND --config ...`, by this interpreter: `ranks` processes, on the
+    first `ranks` of `devices` (indices of visible GPUs; none: on the CPU)."""
+    where = ["--include", f"localhost:{','.join(map(str, devices[:ranks]))}"] if devices else []
+    # No file: the launcher would otherwise look for /job/hostfile.
+    words = ["--hostfile", os.devnull, *(where or ["--num_accelerators", str(ranks)]), "--master_port", str(port)]
+    return [*_RUNNER, *words, "--module", f"gearshift.launch.{command}", *_stage_words(arguments)]
+
+
+_RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+
+
+def _stage_words(arguments: Arguments) -> list[str]:
+    words = ["--config", str(arguments.config)]
     for key, value in arguments.overrides:
         # Apart, since the launcher quotes only words that do not start with a dash when it goes to other hosts.
         words += [f"--{key}={value}"] if value.startswith("--") else [f"--{key}", value]
     return words
 
 
-def run_to_end(words: list[str], environment: dict[str, str]) -> int:
-    """Runs a command in a process group of its own, which ends with this process's own end. Returns its exit code."""
-    process: subprocess.Popen[bytes] | None = None
-    with _signals_raise():
-        try:
-            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-            code = process.wait()
-        except _Stopped as stopped:
-            return _stop(process, stopped.signal) if process is not None else 128 + stopped.signal
-    # A launcher that was itself killed may leave its ranks behind.
-    if code < 0:
-        _end_group(process)
-    return code % 256
+# --- over several hosts ----------------------------------------------------------------------------------------------
 
 
-def _stop(process: subprocess.Popen[bytes], number: int) -> int:
-    """Ends the run: saved first if SIGTERM or SIGUSR1 asks for it and its ranks are here; at once at another signal."""
-    ranks = _ranks_of(process.pid) if number in (signal.SIGTERM, signal.SIGUSR1) else []
-    if not ranks:
-        _end_group(process)
-        return 128 + number
-    for rank in ranks:
-        # Not to the whole group: DeepSpeed's launcher would give the ranks half a minute.
-        with suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGUSR1)
-    with _signals_raise():
-        try:
-            return PAUSED if process.wait() == PAUSED else 128 + number
-        except _Stopped as again:
-            number = again.signal
-    _end_group(process)
-    return 128 + number
+def chosen_hosts(arguments: Arguments) -> dict[str, list[int]]:
+    """The hosts of the hostfile that run ranks, and the slots of each. Raises UserError."""
+    assert arguments.hostfile is not None
+    options = arguments.launcher
+    launcher = options.get("launcher", "pdsh").lower()
+    if launcher in PROGRAMS and shutil.which(PROGRAMS[launcher]) is None:
+        raise UserError(
+            f"--launcher {launcher}: {PROGRAMS[launcher]} is not installed here: install it or name another"
+        )
+    for name in ("include", "exclude"):
+        if launcher == "openmpi" and name in options:
+            raise UserError(f"--{name}: DeepSpeed's openmpi launcher knows none: leave those hosts out of the hostfile")
+    hosts = read_hostfile(arguments.hostfile)
+    return selected(hosts, options.get("include", ""), options.get("exclude", ""))
 
 
-def _ranks_of(launcher: int) -> list[int]:
-    """The rank processes of this host that the launcher, which leads their session, has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if os.getsid(int(folder.name)) == launcher and any(w.startswith(b"--local_rank=") for w in words):
-                found.append(int(folder.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
+def check_hosts(config: Config, hosts: Mapping[str, Sequence[int]]) -> None:
+    """Raises UserError when tensor-parallel groups do not fit the hosts."""
+    from gearshift.launch.world_table import check_tensor_parallel
+
+    if hasattr(config, "rollout"):
+        check_tensor_parallel(config.rollout.tp_size, {host: len(slots) for host, slots in hosts.items()})
 
 
-class _Stopped(Exception):
-    def __init__(self, number: int):
-        self.signal = number
+def _run_on_hosts(
+    command: str,
+    arguments: Arguments,
+    config: Config,
+    hosts: Mapping[str, Sequence[int]],
+    environment: Mapping[str, str],
+) -> int:
+    from gearshift.launch.hosts import SeveralHosts, first_address
+    from gearshift.rlhf.signals import STOP_FILE
+
+    options, names = arguments.launcher, list(hosts)
+    launcher = options.get("launcher", "pdsh").lower()
+    address, port = names[0], int(options.get("master_port", 0)) or 29500
+    if launcher != "slurm":  # whose hosts need not let anybody in
+        address, port = first_address(names, options.get("ssh_port"), int(options.get("master_port", 0)))
+    address = options.get("master_addr", address)
+    folder = Path(config.run.folder)
+    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
+    saves = hasattr(config, "checkpoint") and bool(config.checkpoint.every)
+    job = SeveralHosts(folder, saves, names, options.get("ssh_port"), address, port, by_ssh=launcher == "pdsh")
+    words = hosts_command(command, arguments, names, address, port)
+    environment = {**environment, "MASTER_ADDR": address, "MASTER_PORT": str(port)}  # which srun hands on
+    if launcher == "pdsh" and config.run.hang_seconds:
+        # Without this nobody here would ever hear that a host is cut off.
+        alive = f"-o ServerAliveInterval={max(1, round(config.run.hang_seconds / 3))} -o ServerAliveCountMax=3"
+        environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {alive}".strip()
+    return run_to_end(words, environment, job)
 
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Ctrl-C, a closed terminal and `kill` become an exception in the main thread, once."""
-    stopping = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
-            raise _Stopped(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    # What is ignored stays ignored (nohup).
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """Asks every process of the group to end, waits `patience` seconds, and kills what is left."""
-    deadline = time.monotonic() + patience
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            while number == signal.SIGTERM and time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.1)
-        except ProcessLookupError:
-            break
-    process.wait()
+def hosts_command(command: str, arguments: Arguments, names: Sequence[str], address: str, port: int) -> list[str]:
+    """`deepspeed --hostfile ... --module gearshift.launch.COMMAND --config ...` for the hosts `names`."""
+    options = dict(arguments.launcher)
+    launcher = options.get("launcher", "pdsh").lower()
+    options |= {"master_addr": address, "master_port": str(port)}
+    if launcher == "openmpi":  # whose ranks are told by nobody else
+        told = shlex.join(["-x", f"MASTER_ADDR={address}", "-x", f"MASTER_PORT={port}"])
+        options["launcher_args"] = f"{options.get('launcher_args', '')} {told}".strip()
+    words = ["--hostfile", str(arguments.hostfile), *(f"--{name}={value}" for name, value in options.items())]
+    if len(names) == 1:
+        words.append("--force_multi")  # it may not be this host
+    # For Slurm DeepSpeed forgets --module, so the word goes to Python itself; and its hosts need not let anybody in.
+    module = ["--no_ssh_check", "--", "-m"] if launcher == "slurm" else ["--module"]
+    return [*_RUNNER, *words, *module, f"gearshift.launch.{command}", *_stage_words(arguments)]
 
 
 def _meaning(code: int) -> str:
+    if code == 255:
+        return f"exit code {code} (ssh: the connection to a host broke)"
     if code > 192:  # DeepSpeed's launcher passes on -signal, which a shell sees as 256 - signal
         number = 256 - code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         return f"exit code {code} ({name}{': often out of memory' if number == signal.SIGKILL else ''})"
     return f"exit code {code}"
-
-
-def visible_gpus() -> list[int]:
-    """Indices of the GPUs that this process may use, without importing torch (which takes seconds)."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return []
-    found = _gpu_ids()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not found:
-        return list(range(len(found)))
-    devices = []
-    for word in filter(None, (w.strip() for w in chosen.split(","))):
-        matches = [int(word)] if word.isdigit() else [n for n, uuid in enumerate(found) if uuid.startswith(word)]
-        if len(matches) != 1 or matches[0] >= len(found):
-            raise UserError(
-                f"CUDA_VISIBLE_DEVICES: {word} is not one of the {len(found)} GPUs: use 0 to {len(found) - 1}"
-            )
-        devices += matches
-    return devices
-
-
-def _gpu_ids() -> list[str]:
-    """The UUID of each GPU, by nvidia-smi; by the device files where that is missing (the UUIDs are then empty)."""
-    if shutil.which("nvidia-smi"):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        if listing.returncode == 0:
-            return re.findall(r"^GPU \d+:.*\(UUID: ([^)]+)\)", listing.stdout, re.MULTILINE)
-    return ["" for _ in Path("/dev").glob("nvidia[0-9]*")]
-
-
-def hostfile_ranks(path: str) -> int:
-    """Processes that a hostfile (`host slots=N` a line) asks for. Raises UserError naming file and line."""
-    if not Path(path).is_file():
-        raise UserError(f"--hostfile: there is no file {path} (relative to {Path.cwd()})")
-    ranks = 0
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        line = line.split("#")[0].strip()
-        match = re.match(r"^\S+\s+slots=(\d+)$", line)
-        if line and not match:
-            raise UserError(f"{path}:{number}: should read HOST slots=N, not {line!r}")
-        ranks += int(match[1]) if match else 0
-    if not ranks:
-        raise UserError(f"{path}: names no host: lines should read HOST slots=N")
-    return ranks
-
-
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from gearshift.errors import UserError
 
+# Options of DeepSpeed's launcher that go on to it as they are.
+LAUNCHER = ("include", "exclude", "master_addr", "master_port", "launcher", "launcher_args", "ssh_port", "venv_script")
+
 
 @dataclass
 class Arguments:
@@ -14,13 +17,14 @@ class Arguments:
     config: str | None = None
     overrides: list[tuple[str, str]] = field(default_factory=list)  # ("ppo.clip", "0.1"), in order
     hostfile: str | None = None
+    launcher: dict[str, str] = field(default_factory=dict)  # some of LAUNCHER
     max_restarts: int = 0
     help: bool = False
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`,
-    `--resume auto|PATH|never` (which is checkpoint.resume), `--max-restarts N`, `--help`.
+    `--resume auto|PATH|never` (which is checkpoint.resume), `--max-restarts N`, `--help`, and `LAUNCHER`.
 
     `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
     Raises UserError for anything else.
@@ -38,9 +42,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
             if "=" not in word:
                 # A negative number is a value; the next option is not.
                 if not rest or rest[0].startswith("--"):
-                    raise UserError(f"{word} needs a value: {word} VALUE")
+                    raise UserError(f"{word} needs a value: {word} VALUE (or {word}=VALUE where it begins with --)")
                 value = rest.pop(0)
             _set_option(arguments, name, value)
+    _check_launcher(arguments)
     return arguments
 
 
@@ -53,19 +58,34 @@ def _set_config(arguments: Arguments, path: str) -> None:
 
 
 def _set_option(arguments: Arguments, name: str, value: str) -> None:
+    plain = name.replace("-", "_")
     if name == "config":
         _set_config(arguments, value)
     elif name == "resume":
         arguments.overrides.append(("checkpoint.resume", value))
     elif name == "hostfile":
         arguments.hostfile = value
-    elif name in ("max-restarts", "max_restarts"):
+    elif plain == "max_restarts":
         if not value.isdigit():
             raise UserError(f"--{name}: should be a number of restarts, 0 or more, not {value!r}")
         arguments.max_restarts = int(value)
-    elif name in ("local_rank", "local-rank"):
+    elif plain == "local_rank":
         pass
+    elif plain in LAUNCHER:
+        arguments.launcher[plain] = value
     elif "." in name:
         arguments.overrides.append((name, value))
     else:
         raise UserError(f"--{name} is not an option: settings are --section.field value, see --help for all of them")
+
+
+def _check_launcher(arguments: Arguments) -> None:
+    given = arguments.launcher
+    alone = [name for name in given if name != "master_port"]
+    if alone and arguments.hostfile is None:
+        raise UserError(f"--{alone[0]} is for several hosts: give --hostfile HOSTS with it")
+    if "include" in given and "exclude" in given:
+        raise UserError("--include and --exclude: give one of them")
+    for name in ("master_port", "ssh_port"):
+        if name in given and not (given[name].isdigit() and 0 < int(given[name]) < 65536):
+            raise UserError(f"--{name}: should be a port, 1 to 65535, not {given[name]!r}")

@@ -6,7 +6,6 @@ Build a `Tracker` on rank 0 only. Lines are written out as they come, so that a 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any, Self
 
 from gearshift.errors import UserError
 from gearshift.launch.config import save
+from gearshift.launch.dashboards import Dashboard
 from gearshift.rlhf.settings import Config, PpoConfig, PretrainConfig
 
 LEFT_OUT = "left_out.txt"
@@ -43,7 +43,7 @@ class Tracker:
         except OSError as error:
             raise UserError(f"run.folder: {folder} cannot be written: {error.strerror}") from None
         save(config, self.folder / "config.yaml")
-        self._trackers = [_start(name, self.folder, config) for name in trackers]
+        self._dashboards = [Dashboard(name, self.folder, config) for name in trackers]
 
     def keep_until(self, step: int) -> None:
         """Lines of later steps go: the run was resumed from before them."""
@@ -54,13 +54,15 @@ class Tracker:
         """One line `{"step": step, name: value, ...}`; a value that is not finite is written as null."""
         values = {name: float(value) for name, value in metrics.items()}
         _write(self._metrics, {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}})
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
+        for dashboard in self._dashboards:
+            dashboard.log(step, values)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """One line `{"step": step, ...row}` a row: prompt, response, score, kl, finished."""
         for row in rows:
             _write(self._samples, {"step": step, **row})
+        for dashboard in self._dashboards:
+            dashboard.samples(step, rows)
 
     def left_out(self, field: str, rows: Mapping[str, Sequence[str]]) -> None:
         """One line `field<TAB>reason<TAB>file:line` for each row that is not used."""
@@ -70,8 +72,8 @@ class Tracker:
                 file.writelines(lines)
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        for dashboard in self._dashboards:
+            dashboard.close()
         self._metrics.close()
         self._samples.close()
 
@@ -112,38 +114,3 @@ def _clear(folder: Path) -> None:
 def _write(file: Any, row: dict[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
-
-
-def _start(name: str, folder: Path, config: Config) -> Any:
-    """One of accelerate's trackers, without the process state that it would build for itself.
-
-    Under DeepSpeed's launcher on CPU that state takes every rank for the main one, and raises the thread count.
-    """
-    from accelerate import tracking
-
-    # Its logger insists on that state too; a plain one does not.
-    tracking.logger = logging.getLogger(tracking.__name__)
-    tracker_class = tracking.LOGGER_TYPE_TO_CLASS[name]
-    if name == "tensorboard":
-        # logging_dir/run_name is where it writes; its store_init_configuration would add a second run per start.
-        tracker = tracker_class(run_name="tensorboard", logging_dir=str(folder))
-    elif tracker_class.requires_logging_directory:
-        tracker = tracker_class(run_name=folder.name, logging_dir=str(folder))
-    else:
-        tracker = tracker_class(run_name=folder.name)
-    tracker.main_process_only = False
-    tracker.start()
-    if name != "tensorboard":
-        tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
-    return tracker
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"ppo": {"clip": 0.2}} -> {"ppo.clip": 0.2}; lists as text."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

@@ -51,7 +51,7 @@ class Saver:
             Path(config.run.folder) / FOLDER, world, settings.keep, background=settings.background
         )
         self.done = self._resume() if settings.resumes else self._start()
-        self._signals = StopSignals() if settings.every else None
+        self._signals = StopSignals(Path(config.run.folder)) if settings.every else None
 
     def after(self, step: int, score: float | None = None) -> None:
         """Step `step` is done; `score` of its validation, the higher the better, where there was one. Collective.

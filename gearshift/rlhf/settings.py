@@ -45,6 +45,9 @@ class RunSettings(Section):
     dtype: Annotated[Dtype | None, BeforeValidator(_refuse_fp16)] = Field(
         None, description="Weights and activations: bf16 or fp32; null: bf16 on GPUs, fp32 on CPU"
     )
+    join_seconds: float = Field(
+        40.0, gt=0, description="At the start, wait so long for the ranks of other hosts before the run ends"
+    )
     hang_seconds: float = Field(
         1800.0,
         ge=0,

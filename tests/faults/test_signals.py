@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gearshift.engine.checkpoints.reading import newest, steps
-from gearshift.launch.launcher import PAUSED, _ranks_of
+from gearshift.launch.processes import PAUSED, ranks_of
 from tests.rlhf.test_resuming import BATCH, weights
 from tests.rlhf.tiny import changed
 
@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed(values: dict[str, Any], whole: Path, tmp_path: Pa
     with started(often, run) as process:
         wait_for_step(run, process, 3)
         launcher = next(pid for pid in children(process.pid))
-        os.kill(_ranks_of(launcher)[1], signal.SIGKILL)
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
         _, told = process.communicate(timeout=100)
     assert process.returncode == 256 - signal.SIGKILL
     assert "SIGKILL" in told
@@ -130,7 +130,7 @@ def test_max_restarts(values: dict[str, Any], whole: Path, tmp_path: Path) -> No
     with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for step in (1, 3):
             wait_for_step(run, process, step)
-            os.kill(_ranks_of(children(process.pid)[0])[0], signal.SIGKILL)
+            os.kill(ranks_of(children(process.pid)[0])[0], signal.SIGKILL)
             wait_for_end(run, process, children(process.pid)[0])
         _, told = process.communicate(timeout=200)
     assert process.returncode == 0, told

@@ -1,4 +1,5 @@
-"""An `ssh` to put on PATH: every host is this machine, but `gone`, which refuses, and `bare`, which has no Python."""
+"""An `ssh` to put on PATH: every host is this machine, but `gone`, which refuses, and `bare`, which has no Python;
+the shell of `chatty` prints a line."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ host=$1; shift
 case "$host" in
     gone) echo "ssh: connect to host gone port 22: Connection refused" >&2; exit 255 ;;
     bare) echo "sh: 1: exec: python: not found" >&2; exit 127 ;;
+    chatty) echo "Welcome" ;;
 esac
-echo "Welcome to $host"
 exec sh -c "$*"
 """
 

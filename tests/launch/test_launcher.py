@@ -8,18 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gearshift.errors import UserError
-from gearshift.launch import launcher
+from gearshift.launch import devices, launcher
+from gearshift.launch import environment as environment_of_ranks
+from gearshift.launch.environment import adopt_launcher, prepare_environment
 from gearshift.launch.overrides import Arguments, parse_arguments
+from gearshift.launch.processes import free_port
 
 from .conftest import example, write
 
 
-def words_after_python(arguments: Arguments, ranks: int, devices: list[int]) -> str:
-    words = launcher.launch_command("ppo", arguments, ranks, devices, port=1234)
+def words_after_python(arguments: Arguments, ranks: int, gpus: list[int]) -> str:
+    words = launcher.launch_command("ppo", arguments, ranks, gpus, port=1234)
     assert words[0] == sys.executable
     return " ".join(words[1:])
 
@@ -33,24 +37,60 @@ def test_command_on_cpu_gpus_and_hosts() -> None:
     # CUDA_VISIBLE_DEVICES=4,6,7 and run.ranks: 2
     gpu = words_after_python(plain, 2, [4, 6, 7])
     assert gpu == f"{start} /dev/null --include localhost:4,6 --master_port 1234 {end}"
-    hosts = parse_arguments(["c.yaml", "--hostfile", "hosts", "--ppo.clip=-1", "--run.folder=--odd"])
-    assert words_after_python(hosts, 16, []) == f"{start} hosts {end} --ppo.clip -1 --run.folder=--odd"
+
+
+def test_command_over_hosts() -> None:
+    typed = ["c.yaml", "--hostfile", "hosts", "--ppo.clip=-1", "--run.folder=--odd", "--launcher_args", "-f 3"]
+    words = launcher.hosts_command("ppo", parse_arguments(typed), ["a", "b"], "10.0.0.1", 1234)
+    parsed = runner().parse_args(words[3:])
+    assert (parsed.hostfile, parsed.master_addr, parsed.master_port) == ("hosts", "10.0.0.1", 1234)
+    assert (parsed.module, parsed.launcher_args, parsed.force_multi) == (True, "-f 3", False)
+    assert [parsed.user_script, *parsed.user_args] == [
+        *("gearshift.launch.ppo", "--config", "c.yaml", "--ppo.clip", "-1", "--run.folder=--odd")
+    ]
+    # The one host that is left may be another one than this.
+    alone = launcher.hosts_command("ppo", parse_arguments(typed), ["b"], "10.0.0.2", 1234)
+    assert runner().parse_args(alone[3:]).force_multi
+
+
+@pytest.mark.parametrize("name", ["openmpi", "slurm"])
+def test_launchers_that_start_the_ranks_themselves(name: str) -> None:
+    """What DeepSpeed makes of it: the module is run as one, and rank 0's address goes along."""
+    from deepspeed.launcher import multinode_runner
+
+    typed = ["c.yaml", "--hostfile", "hosts", "--launcher", name, "--launcher_args", "--verbose"]
+    with pytest.raises(UserError, match="--launcher_args=VALUE"):
+        parse_arguments(typed)
+    arguments = parse_arguments([*typed[:-2], "--launcher_args=--verbose"])
+    words = launcher.hosts_command("ppo", arguments, ["a", "b"], "10.0.0.1", 1234)
+    kind = {"openmpi": multinode_runner.OpenMPIRunner, "slurm": multinode_runner.SlurmRunner}[name]
+    made = kind(runner().parse_args(words[3:]), "", {"a": 2, "b": 2})
+    command = " ".join(made.get_cmd({}, {"a": [0, 1], "b": [0, 1]}))
+    assert command.endswith(f"{sys.executable} -u -m gearshift.launch.ppo --config c.yaml")
+    if name == "openmpi":
+        assert "mpirun -n 4 -hostfile hosts" in command
+        assert "--verbose -x MASTER_ADDR=10.0.0.1 -x MASTER_PORT=1234" in command
+    else:
+        assert command.startswith("srun -n 4 --verbose --export=ALL")
+
+
+def runner() -> Any:
+    return pytest.importorskip("deepspeed.launcher.runner")
 
 
 def test_deepspeed_understands_the_command() -> None:
-    runner = pytest.importorskip("deepspeed.launcher.runner")
     arguments = parse_arguments(["c.yaml", "--ppo.clip", "-1"])
-    for devices in ([], [1, 3]):
-        words = launcher.launch_command("ppo", arguments, 2, devices, port=1234)
-        parsed = runner.parse_args(words[3:])
+    for gpus in ([], [1, 3]):
+        words = launcher.launch_command("ppo", arguments, 2, gpus, port=1234)
+        parsed = runner().parse_args(words[3:])
         assert (parsed.module, parsed.user_script) == (True, "gearshift.launch.ppo")
         assert parsed.user_args == ["--config", "c.yaml", "--ppo.clip", "-1"]
-        assert (parsed.num_gpus, parsed.include) == ((-1, "localhost:1,3") if devices else (2, ""))
+        assert (parsed.num_gpus, parsed.include) == ((-1, "localhost:1,3") if gpus else (2, ""))
 
 
 def test_the_config_is_checked_and_the_launcher_started(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(launcher, "run_to_end", lambda words, environment: started.append(words) or 0)
+    monkeypatch.setattr(launcher, "run_to_end", lambda words, environment, job: started.append(words) or 0)
     config = write(example("ppo"))
     assert launcher.run_command("ppo", [config, "--run.ranks", "4"], lambda config: None) == 0
     assert "--num_accelerators 4" in " ".join(started[0])
@@ -64,26 +104,26 @@ def test_the_config_is_checked_and_the_launcher_started(here: Path, monkeypatch:
 def test_what_is_said_of_an_exit_code(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, says: str
 ) -> None:
-    monkeypatch.setattr(launcher, "run_to_end", lambda words, environment: code)
+    monkeypatch.setattr(launcher, "run_to_end", lambda words, environment, job: code)
     assert launcher.run_command("ppo", [write(example("ppo"))], lambda config: None) == code
     expected = f"gearshift ppo: the processes ended with {says}\n" if says else ""
     assert capsys.readouterr().err == expected
 
 
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_gpu_ids", lambda: ["GPU-aa", "GPU-ab", "GPU-b"])
+    monkeypatch.setattr(devices, "_gpu_ids", lambda: ["GPU-aa", "GPU-ab", "GPU-b"])
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    for variable, devices in {"": [], "2,0": [2, 0], "GPU-b,1": [2, 1]}.items():
+    for variable, chosen in {"": [], "2,0": [2, 0], "GPU-b,1": [2, 1]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-        assert launcher.visible_gpus() == devices
+        assert devices.visible_gpus() == chosen
     for wrong in ("3", "GPU-a", "MIG-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wrong)
         with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
-            launcher.visible_gpus()
+            devices.visible_gpus()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert launcher.visible_gpus() == [0, 1, 2]
+    assert devices.visible_gpus() == [0, 1, 2]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert launcher.visible_gpus() == []
+    assert devices.visible_gpus() == []
 
 
 def test_gpus_are_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +131,7 @@ def test_gpus_are_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytes
     smi.write_text('#!/bin/sh\necho "GPU 0: NVIDIA H200 (UUID: GPU-1)"\necho "  MIG 1g Device 0: (UUID: MIG-2)"\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert launcher._gpu_ids() == ["GPU-1"]
+    assert devices._gpu_ids() == ["GPU-1"]
 
 
 def test_more_ranks_than_gpus(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,33 +140,64 @@ def test_more_ranks_than_gpus(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "run.ranks: 2, but 1 GPUs are visible" in capsys.readouterr().err
 
 
-def test_hostfile(tmp_path: Path) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("# two machines\nworker-0 slots=8\n\nworker-1 slots=4  # half\n")
-    assert launcher.hostfile_ranks(str(hosts)) == 12
-    hosts.write_text("worker-0 slots=8\nworker-1\n")
-    with pytest.raises(UserError, match="hosts:2: should read HOST slots=N, not 'worker-1'"):
-        launcher.hostfile_ranks(str(hosts))
-
-
 def test_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    launcher.prepare_environment()
+    prepare_environment()
     assert (os.environ["LOCAL_SIZE"], os.environ["OMP_NUM_THREADS"]) == ("2", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    launcher.prepare_environment()
+    prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_ranks_of_mpirun_and_srun() -> None:
+    mpi = {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4", "LOCAL_SIZE": "2"}
+    environment = {f"OMPI_COMM_WORLD_{name}": value for name, value in mpi.items()}
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        adopt_launcher(dict(environment))
+    environment["MASTER_ADDR"] = "10.0.0.1"
+    adopt_launcher(environment)
+    assert ranks_in(environment) == ("3", "1", "4", "2", "10.0.0.1", "29500")
+    slurm = {
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "11",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+        "SLURM_STEP_NODELIST": "gpu[07-08,12]",
+        "SLURM_JOB_ID": "20007",
+    }
+    adopt_launcher(slurm)
+    assert ranks_in(slurm) == ("9", "1", "11", "3", "gpu07", "20007")
+    # One task (gearshift starts the ranks itself), and torchrun in a task of its own on each host.
+    for left_alone in ({**slurm, "SLURM_STEP_NUM_TASKS": "1"}, {**slurm, "RANK": "0"}):
+        left_alone.pop("WORLD_SIZE")
+        left_alone.pop("RANK") if left_alone["RANK"] == "9" else None
+        before = dict(left_alone)
+        adopt_launcher(left_alone)
+        assert left_alone == before
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a", "a"), ("a,b", "a"), ("gpu[3,5]", "gpu3"), ("r[01-09]-x,b", "r01-x"), ("n7,n[8-9]", "n7")]
+)
+def test_first_node(nodes: str, first: str) -> None:
+    assert environment_of_ranks._first_node(nodes) == first
+
+
+def ranks_in(environment: dict[str, str]) -> tuple[str, ...]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return tuple(environment[name] for name in names)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_every_process(tmp_path: Path, number: signal.Signals) -> None:
     """The launcher's child (here a sleep that outlives its parent) is gone when `gearshift` is."""
     code = (
-        "import os, sys; from gearshift.launch.launcher import run_to_end; "
-        "sys.exit(run_to_end(sys.argv[1:], dict(os.environ)))"
+        "import os, sys; from gearshift.launch.processes import OneHost, run_to_end; "
+        "sys.exit(run_to_end(sys.argv[1:], dict(os.environ), OneHost()))"
     )
     script = f"sleep 300 & echo $! > {tmp_path}/pid; wait"
 
@@ -164,7 +235,7 @@ def toy_config(seed: int) -> str:
 
 def test_the_rank_that_found_the_mistake_is_the_one_that_speaks(here: Path) -> None:
     """Two ranks under DeepSpeed's launcher: rank 0 sits in an all-reduce, which breaks when rank 1 ends."""
-    words = launcher.launch_command("pretrain", Arguments(config=toy_config(1)), 2, [], launcher.free_port())
+    words = launcher.launch_command("pretrain", Arguments(config=toy_config(1)), 2, [], free_port())
     words[words.index("gearshift.launch.pretrain")] = "tests.launch.toy_stage"
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert done.stderr == "gearshift pretrain: rank 1 found an empty row\n"
@@ -172,7 +243,8 @@ def test_the_rank_that_found_the_mistake_is_the_one_that_speaks(here: Path) -> N
 
 
 def test_a_crash_keeps_its_traceback(here: Path) -> None:
-    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
     words = [sys.executable, "-m", "tests.launch.toy_stage", "--local_rank=0", "--config", toy_config(2)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.startswith("Traceback")

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gearshift.launch.launcher import free_port
+from gearshift.launch.processes import free_port
 from tests.rlhf.test_ppo import METRICS
 from tests.rlhf.tiny import prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
+from tests.run_folder import unnamed
 
 from .conftest import write
 
@@ -66,6 +67,7 @@ def check_run_folder(folder: Path) -> list[dict[str, Any]]:
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "model"))
     AutoModelForSequenceClassification.from_pretrained(folder / "critic")
     assert list((folder / "tensorboard").iterdir())
+    assert unnamed(folder) == []
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gearshift.errors import UserError
 from gearshift.launch.config import load
-from gearshift.launch.tracking import Tracker, _flat
+from gearshift.launch.tracking import Tracker
 
 from .conftest import example, write
 
@@ -78,11 +78,3 @@ def test_a_folder_that_cannot_be_written(here: Path) -> None:
     Path("file").touch()
     with pytest.raises(UserError, match=r"run\.folder: file/run cannot be written"):
         Tracker("file/run", [], load("ppo", write(example("ppo"))))
-
-
-def test_flat_config() -> None:
-    assert _flat({"ppo": {"kl": {"coef": 0.02}, "betas": [1, 2], "x": None}}) == {
-        "ppo.kl.coef": 0.02,
-        "ppo.betas": "[1, 2]",
-        "ppo.x": "None",
-    }

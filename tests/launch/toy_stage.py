@@ -1,6 +1,7 @@
 """A stage for the launcher's test: a crash (seed 2), or a mistake that rank 1 alone finds."""
 
 import sys
+from pathlib import Path
 
 from gearshift.errors import UserError
 from gearshift.launch.launcher import run_command
@@ -15,8 +16,7 @@ def stage(config: PretrainConfig) -> None:
 
     from gearshift.rlhf.signals import StopSignals
 
-    StopSignals()  # as in a run that saves itself
-    dist.init_process_group("gloo")
+    StopSignals(Path(config.run.folder))  # as in a run that saves itself
     if dist.get_rank() == 1:
         raise UserError("rank 1 found an empty row")
     dist.all_reduce(torch.ones(1))

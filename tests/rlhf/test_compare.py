@@ -13,6 +13,7 @@ from gearshift.launch.config import validate
 from gearshift.rlhf.compare import compare, load_checker
 from gearshift.rlhf.standings import summary, win_rates
 from tests.rlhf.tiny import Recorder, prompt_rows, save_policy, save_reward_model, text_rows, write_jsonl
+from tests.run_folder import unnamed
 from tests.worker_group import WorkerGroup
 
 
@@ -102,6 +103,7 @@ def test_a_comparison_on_two_ranks(two_ranks: WorkerGroup, tmp_path: Path) -> No
     assert (systems["first"]["win_rate"], systems["first"]["win_rate_low"]) == (0.5, 0.5)
     assert len({row["length"] for row in rows}) > 2
     assert "| prompted-again |" in (tmp_path / "run/systems.md").read_text()
+    assert unnamed(tmp_path / "run") == []
     check_text_loss(first, tmp_path / "text.jsonl", systems["first"]["pretraining_loss"])
 
 

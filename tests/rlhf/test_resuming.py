@@ -21,6 +21,7 @@ from gearshift.rlhf.differences import require_same_run, what_differs
 from gearshift.rlhf.ppo import Ppo, ppo
 from tests.engine.checkpoints.steps import flip
 from tests.rlhf.tiny import Recorder, changed, ppo_values
+from tests.run_folder import unnamed
 from tests.worker_group import WorkerGroup
 
 BATCH, ITERATIONS, SAVED = 8, 4, 2
@@ -202,6 +203,12 @@ def test_an_exported_model_is_the_one_that_the_run_saved(
         export_main([str(run), str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--model: reward is not in .*: it has critic, policy"):
         export_main([str(run), str(tmp_path / "other"), "--model", "reward"])
+
+
+def test_the_run_folder_holds_what_its_page_says(values: dict[str, Any], whole: Any) -> None:
+    run = Path(values["run"]["folder"])
+    assert {"best", "checkpoints", "critic", "model"} <= {path.name for path in run.iterdir()}
+    assert unnamed(run) == []
 
 
 def test_verify(values: dict[str, Any], whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gearshift.errors import UserError
 from gearshift.launch.demo.checks import check
-from gearshift.launch.launcher import visible_gpus
+from gearshift.launch.devices import visible_gpus
 
 FOLDER = "runs/demo"  # as the configs have it
 # Without a critic: they compare answers to one prompt, so each prompt gets several. GRPO has its penalty in the loss.

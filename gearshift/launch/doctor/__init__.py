@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gearshift.launch.doctor.findings import NOTE, WRONG, Finding, note
+from gearshift.launch.overrides import LAUNCHER, Arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,9 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hostfile", help="the hosts of a run, as the launcher takes them: HOST slots=N a line")
     parser.add_argument("--run-folder", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
     parser.add_argument("--quick", action="store_true", help="start no processes: no all-reduce")
+    for name in LAUNCHER:
+        parser.add_argument(f"--{name}", help="as for a run: goes on to DeepSpeed's launcher")
     options = parser.parse_args(argv)
+    launcher = {name: value for name in LAUNCHER if (value := getattr(options, name)) is not None}
+    arguments = Arguments(config="none", hostfile=options.hostfile, launcher=launcher)
     found = []
-    for finding in checks(options.hostfile, options.run_folder, options.quick):
+    for finding in checks(arguments, options.run_folder, options.quick):
         print(finding.line(), flush=True)
         found.append(finding)
     broken, notes = (sum(finding.level == level for finding in found) for level in (WRONG, NOTE))
@@ -26,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def checks(hostfile: str | None, run_folder: Path, quick: bool) -> Iterator[Finding]:
-    """All that can be checked here, and over the hosts of `hostfile`. Raises UserError for a hostfile that is none.
+def checks(arguments: Arguments, run_folder: Path, quick: bool) -> Iterator[Finding]:
+    """All that can be checked here, and over the hosts of the hostfile. Raises UserError for one that is none.
 
     What could only fail again for what was found WRONG before is left out.
     """
+    from gearshift.launch.devices import visible_gpus
     from gearshift.launch.doctor import devices, hosts, machine, software
-    from gearshift.launch.launcher import visible_gpus
+    from gearshift.launch.launcher import chosen_hosts
 
-    asked = hosts.slots(hostfile) if hostfile else {}
+    chosen = chosen_hosts(arguments) if arguments.hostfile else {}
+    asked = {host: len(slots) for host, slots in chosen.items()}
     gpus = visible_gpus()
     ranks = max(asked.values(), default=len(gpus) or 2)
     broken = False
@@ -56,10 +63,10 @@ def checks(hostfile: str | None, run_folder: Path, quick: bool) -> Iterator[Find
         yield from noted(software.extension_findings(extensions_folder()))
     yield from noted(machine.findings(run_folder, ranks, bool(gpus)))
     if asked:
-        yield from noted(hosts.findings(asked, run_folder))
+        yield from noted(hosts.findings(asked, run_folder, arguments.launcher.get("ssh_port")))
     if broken:
         yield note("all-reduce", "not tried", "mend what is WRONG first")
     elif not quick:
         from gearshift.launch.doctor import all_reduce
 
-        yield all_reduce.finding(hostfile, sum(asked.values()) or ranks, gpus)
+        yield all_reduce.finding(arguments, list(asked), sum(asked.values()) or ranks, gpus)

@@ -6,35 +6,49 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
+from gearshift.errors import Told, UserError
 from gearshift.launch.doctor.findings import Finding, ok, wrong
-from gearshift.launch.launcher import free_port, launch_command, prepare_environment
+from gearshift.launch.environment import adopt_launcher, prepare_environment
+from gearshift.launch.hosts import first_address
+from gearshift.launch.launcher import hosts_command, launch_command
 from gearshift.launch.overrides import Arguments
+from gearshift.launch.processes import free_port
 
 MARK = "gearshift-all-reduce "
 # The first start on the CPU compiles DeepSpeed's collectives: half a minute of a free core.
 SECONDS = 300
+JOIN_SECONDS = 120
 ELEMENTS = 1 << 20
 
 
-def finding(hostfile: str | None, ranks: int, devices: list[int]) -> Finding:
-    """Starts `ranks` processes as a run does, on `devices` or over the hosts of `hostfile`, and waits for their sum."""
-    what = "all-reduce"
-    arguments = Arguments(config="none", hostfile=hostfile)
-    words = launch_command("doctor.all_reduce", arguments, ranks, devices, free_port())
-    environment = dict(os.environ)
-    if not devices and not hostfile:
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+def finding(arguments: Arguments, hosts: list[str], ranks: int, devices: list[int]) -> Finding:
+    """Starts `ranks` processes as a run does, on `devices` or over `hosts`, and waits for their sum."""
+    what, module, environment = "all-reduce", "doctor.all_reduce", dict(os.environ)
+    if hosts:
+        options = arguments.launcher
+        address, port = first_address(hosts, options.get("ssh_port"), int(options.get("master_port", 0)))
+        address = options.get("master_addr", address)
+        words = hosts_command(module, arguments, hosts, address, port)
+        environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    else:
+        words = launch_command(module, arguments, ranks, devices, free_port())
+        if devices:
+            environment.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher is told by --include which
+        else:
+            environment.setdefault("DS_ACCELERATOR", "cpu")
     code, out, err = _run(words, environment, SECONDS + 30.0)
     line = next((line.split(MARK, 1)[1] for line in out.splitlines() if MARK in line), None)
     if line is not None:
         return sum_finding(what, json.loads(line), ranks)
     print(err, end="", file=sys.stderr)
-    ended = f"no sum after {SECONDS + 30} s" if code is None else f"the processes ended with exit code {code}"
+    late = code is None or code == 256 - signal.SIGALRM  # as DeepSpeed's launcher passes on a rank's signal
+    ended = f"no sum after {SECONDS} s" if late else f"the processes ended with exit code {code}"
     return wrong(what, f"{ended}: {cause_in(err)}", "what they said is on standard error; NCCL_DEBUG=INFO tells more")
 
 
@@ -49,7 +63,7 @@ def sum_finding(what: str, found: dict[str, Any], ranks: int) -> Finding:
 
 def cause_in(text: str) -> str:
     """The line of what processes and launcher said that tells most: the first that names an error, else the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("pdsh@")]
     errors = (line for line in lines if re.search(r"\b\w*(Error|Exception): |^gearshift ", line))
     return next(errors, lines[-1] if lines else "nothing was said")
 
@@ -74,13 +88,22 @@ def _run(words: list[str], environment: dict[str, str], seconds: float) -> tuple
 def main() -> None:
     """In each rank. It ends by itself, whatever becomes of the launcher."""
     signal.alarm(SECONDS)
+    adopt_launcher(os.environ)
     prepare_environment()
     import torch
     import torch.distributed as dist
 
     from gearshift.engine.distributed import init_distributed, now
+    from gearshift.engine.meeting import Card, meet
+    from gearshift.launch.joining import name_interface
 
-    world = init_distributed()
+    try:
+        met = meet(Card(socket.gethostname()), JOIN_SECONDS)
+    except UserError as error:  # Told: another rank says it
+        print("" if isinstance(error, Told) else f"gearshift doctor: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    name_interface()
+    world = init_distributed(met.store)
     numbers = torch.full((ELEMENTS,), float(world.rank + 1), device=world.device)
     total = float(world.sum(numbers.clone())[-1])
     start = now(world.device)

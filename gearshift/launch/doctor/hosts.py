@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -16,25 +15,15 @@ from gearshift.launch.doctor import software
 from gearshift.launch.doctor.findings import OK, Finding, note, ok, wrong
 from gearshift.launch.doctor.machine import nearest
 from gearshift.launch.doctor.session import Session, Unreachable
-from gearshift.launch.launcher import hostfile_ranks
 
 SKEW_SECONDS = 2.0
 
 
-def slots(path: str) -> dict[str, int]:
-    """Host -> processes there, in the file's order. Raises UserError naming file and line."""
-    hostfile_ranks(path)
-    lines = (line.split("#")[0].split() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return {words[0]: int(words[1].removeprefix("slots=")) for words in lines if words}
-
-
-def findings(asked: Mapping[str, int], run_folder: Path) -> Iterator[Finding]:
-    """Of each host, then of each pair. `asked`: see `slots`. Every host is asked at the same time."""
-    if len(asked) > 1 and shutil.which("pdsh") is None:
-        yield wrong("pdsh", "is not installed here", "DeepSpeed's launcher goes to other hosts by it: apt install pdsh")
+def findings(asked: Mapping[str, int], run_folder: Path, ssh_port: str | None) -> Iterator[Finding]:
+    """Of each host, then of each pair. `asked`: the ranks of each. Every host is asked at the same time."""
     settings = interface_settings()
     with _token(run_folder) as token, contextlib.ExitStack() as stack, ThreadPoolExecutor(64) as pool:
-        sessions = {host: stack.enter_context(Session(host)) for host in asked}
+        sessions = {host: stack.enter_context(Session(host, ssh_port)) for host in asked}
         question = {"run_folder": str(run_folder.absolute()), "token": str(token)}
         told = pool.map(lambda h: _answer(lambda: sessions[h].ask("facts", **question, ranks=asked[h])), asked)
         answers = dict(zip(asked, told, strict=True))
@@ -45,6 +34,8 @@ def findings(asked: Mapping[str, int], run_folder: Path) -> Iterator[Finding]:
                 yield unreachable_finding(host, answer.code, str(answer))
                 continue
             yield from host_findings(host, answer, asked[host], here, settings, len(asked))
+            if len(asked) > 1 and host == next(iter(asked)) and sessions[host].printed:
+                yield printed_finding(host, sessions[host].printed[0])
         skews = pool.map(lambda h: _answer(lambda: _skew(sessions[h])), reached)
         for host, skew in zip(list(reached), skews, strict=True):
             if isinstance(skew, Unreachable):  # it was lost meanwhile
@@ -84,6 +75,14 @@ def unreachable_finding(host: str, code: int | None, said: str) -> Finding:
     return wrong(
         host, f"the probe ended with exit code {code}: {said}",
         "the same Python environment and Gearshift must lie at the same path there, and this folder too",
+    )  # fmt: skip
+
+
+def printed_finding(host: str, line: str) -> Finding:
+    """Of the first host, whose address DeepSpeed's launcher takes to be the first word of `ssh HOST hostname -I`."""
+    return wrong(
+        host, f"its shell prints {line!r} before any command", "the launcher takes the first word for the "
+        "address where all ranks meet: print only in interactive shells (.bashrc, .profile)",
     )  # fmt: skip
 
 
@@ -136,10 +135,7 @@ def network_finding(host: str, facts: Mapping[str, Any], settings: Mapping[str, 
             return ok(host, f"{name}={settings[name]}, of {told}")
         return wrong(host, f"{name}={settings[name]}, and there are only {told}", "name one that every host has")
     likely = next((i for i, address in interfaces.items() if address == facts["address"]), "the interface")
-    where = f"put {name}={likely} in .deepspeed_env (the launcher passes on no other way)"
-    if not facts["gpus"] and (facts["name_address"] or "127.").startswith("127."):
-        found = f"its name {facts['name']} is {facts['name_address'] or 'no address'} there, where no other host comes"
-        return wrong(host, found, f"gloo would listen on that: {where}")
+    where = f"put {name}={likely} in .deepspeed_env"
     if len([address for address in interfaces.values() if not address.startswith("127.")]) > 1:
         return note(
             host, f"several networks ({told}); {name} is not set", f"if ranks find no way to each other, {where}"

@@ -44,12 +44,11 @@ def main() -> None:
 
 def facts(run_folder: Path, ranks: int, token: str, port: int) -> dict[str, Any]:
     """`token`: a file that every host sees if they share the run folder; `port`: where this probe listens."""
+    from gearshift.launch.devices import visible_gpus
     from gearshift.launch.doctor import machine, software
-    from gearshift.launch.launcher import visible_gpus
 
     gpus = len(visible_gpus())
     return {
-        "name": socket.gethostname(),
         "versions": software.versions() | {"code of gearshift": software.code_digest()},
         "machine": platform.machine(),
         "gpus": gpus,
@@ -57,7 +56,6 @@ def facts(run_folder: Path, ranks: int, token: str, port: int) -> dict[str, Any]
         "sees_token": Path(token).exists(),
         "interfaces": interfaces(),
         "address": address(),
-        "name_address": _resolved(socket.gethostname()),
         "port": port,
     }
 
@@ -103,13 +101,6 @@ def _accept(listener: socket.socket) -> None:
     while True:
         connection, _ = listener.accept()
         connection.close()
-
-
-def _resolved(name: str) -> str | None:
-    try:
-        return socket.gethostbyname(name)
-    except OSError:
-        return None
 
 
 if __name__ == "__main__":

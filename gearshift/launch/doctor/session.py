@@ -25,22 +25,25 @@ class Unreachable(Exception):
         self.code = code
 
 
-def remote_words(host: str) -> list[str]:
+def remote_words(host: str, port: str | None) -> list[str]:
     """The same interpreter in the same folder with the same PYTHON... variables, as the launcher starts its own."""
     exports = [f"{name}={shlex.quote(value)}" for name, value in os.environ.items() if name.startswith("PYTHON")]
     python = [shlex.quote(sys.executable), "-m", "gearshift.launch.doctor.probe"]
     command = " ".join(["cd", shlex.quote(os.getcwd()), "&&", "exec", "env", *exports, *python])
-    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, command]
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
+    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    return ["ssh", *options, host, command]
 
 
 class Session:
     """Ask one thing at a time; ends with the `with` block."""
 
-    def __init__(self, host: str):
+    def __init__(self, host: str, port: str | None = None):
         self.host = host
+        self.printed: list[str] = []  # what the host's login shell says before any command runs
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            remote_words(host), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            remote_words(host, port), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
 
@@ -56,6 +59,7 @@ class Session:
             for line in self._process.stdout:
                 if line.startswith(MARK):
                     return json.loads(line.removeprefix(MARK))
+                self.printed.append(line.strip())
         except BrokenPipeError:
             pass
         finally:

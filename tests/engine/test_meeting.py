@@ -1,0 +1,134 @@
+"""Ranks that meet: all go on, or all end with the one line of what is wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+
+from gearshift.engine import World
+from gearshift.engine.endings import code_of_the_first, is_lost_connection, may_speak, own_store
+from gearshift.engine.meeting import CONFIG, Card, interface_towards, meet, what_is_wrong
+from gearshift.errors import Told, UserError
+from tests.worker_group import WorkerGroup, _free_port
+
+MAKE = {"torch": "2.13", "the SHA-256 of gearshift/a.py": "aa"}
+
+
+def cards(*facts: dict[str, str], problems: tuple[str, ...] = ("",) * 6) -> dict[int, Card]:
+    """Two ranks on each host, the first of which shows the host's facts."""
+    return {
+        rank: Card(f"h{rank // 2}", problems[rank], facts[rank // 2] if rank % 2 == 0 else {})
+        for rank in range(2 * len(facts))
+    }
+
+
+def test_hosts_that_are_alike() -> None:
+    assert what_is_wrong(cards(MAKE, dict(MAKE))) == ""
+
+
+def test_hosts_that_differ() -> None:
+    other = {"torch": "2.12", "the SHA-256 of gearshift/b.py": "bb"}
+    assert what_is_wrong(cards(MAKE, MAKE, other)) == (
+        "h0 and h2 differ: torch is 2.13 on h0, 2.12 on h2; the SHA-256 of gearshift/a.py is aa on h0, missing on h2; "
+        "the SHA-256 of gearshift/b.py is missing on h0, bb on h2: install and give the same on every host"
+    )
+    many = {f"p{i}": "1" for i in range(9)}
+    assert "(and 8 more)" in what_is_wrong(cards(MAKE, many))
+
+
+def test_a_problem_of_some_ranks_names_host_and_ranks() -> None:
+    lacks = ("", "", "data.train: there is no file", "data.train: there is no file")
+    assert what_is_wrong(cards(MAKE, MAKE, problems=lacks)) == "on h1 (ranks 2 to 3): data.train: there is no file"
+    assert what_is_wrong(cards(MAKE, MAKE, problems=("bad",) * 4)) == "bad"
+
+
+def test_a_config_is_compared_where_all_have_one() -> None:
+    one, other = {**MAKE, f"{CONFIG}ppo.clip": "0.2"}, {**MAKE, f"{CONFIG}ppo.clip": "0.1"}
+    assert "config ppo.clip is 0.2 on h0, 0.1 on h1" in what_is_wrong(cards(one, other))
+    # Who could not read it has none to show.
+    assert what_is_wrong(cards(one, MAKE, problems=("", "", "x", "x"))) == "on h1 (ranks 2 to 3): x"
+
+
+def met(world: World, port: int, facts: list[dict[str, str]], comes: bool, seconds: float) -> Any:
+    """Each of the two ranks as if alone on a host; with `comes` False rank 1 stays away."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+    if world.rank == 1 and not comes:
+        return None
+    started = time.monotonic()
+    try:
+        return meet(Card(f"h{world.rank}", facts=facts[world.rank]), seconds, {0: "h0", 1: "far"}).hosts
+    except UserError as error:
+        return type(error), str(error), time.monotonic() - started
+
+
+def test_ranks_meet(two_ranks: WorkerGroup) -> None:
+    assert two_ranks.run(met, _free_port(), [MAKE, MAKE], True, 20.0) == [["h0", "h1"]] * 2
+
+
+def test_rank_0_says_what_differs(two_ranks: WorkerGroup) -> None:
+    (kind, said, _), (other, told, _) = two_ranks.run(met, _free_port(), [MAKE, {"torch": "1"}], True, 20.0)
+    assert (kind, other) == (UserError, Told)
+    assert said == told
+    assert said.startswith("h0 and h1 differ: torch is 2.13 on h0, 1 on h1")
+
+
+def test_a_rank_that_does_not_come(two_ranks: WorkerGroup) -> None:
+    (_, said, seconds), _ = two_ranks.run(met, _free_port(), [MAKE, MAKE], False, 1.0)
+    assert said.startswith("rank 1 of 2 of far did not come within 1 s (run.join_seconds): ")
+    assert 1 <= seconds < 10
+
+
+def alone_at_a_silent_port(world: World) -> Any:
+    """Rank 1 calls at a port whose owner takes the connection and says nothing; rank 0 finds it in use."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(server.getsockname()[1])
+        try:
+            meet(Card(f"h{world.rank}"), 1.0)
+        except UserError as error:
+            return str(error)
+
+
+def test_a_port_of_another_program(two_ranks: WorkerGroup) -> None:
+    server, client = two_ranks.run(alone_at_a_silent_port)
+    assert server.startswith("port ")
+    assert "of h0 is in use by another program" in server
+    assert client.startswith("rank 1 on h1 got no answer from rank 0 at 127.0.0.1:")
+
+
+def speak(world: World) -> tuple[bool, int | None]:
+    """As if each rank was on a host of its own."""
+    local_size = os.environ["LOCAL_SIZE"]
+    os.environ["LOCAL_SIZE"] = "1"
+    try:
+        return may_speak(40 + world.rank), code_of_the_first(own_store("ending"))
+    finally:
+        os.environ["LOCAL_SIZE"] = local_size
+
+
+def test_one_rank_says_why_the_run_ends(two_ranks: WorkerGroup) -> None:
+    answers = two_ranks.run(speak)
+    assert sorted(spoke for spoke, _ in answers) == [False, True]
+    speaker = [spoke for spoke, _ in answers].index(True)
+    assert [code for _, code in answers] == [40 + speaker] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:34144"), True),
+        (ConnectionResetError("Connection reset by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("connection"), False),
+    ],
+)
+def test_lost_connections(error: Exception, lost: bool) -> None:
+    assert is_lost_connection(error) is lost
+
+
+def test_no_card_leads_to_the_loopback() -> None:
+    assert interface_towards("127.0.0.1") is None
