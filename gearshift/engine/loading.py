@@ -45,7 +45,17 @@ def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype, origin: str 
             # Padding is masked by lengths here. Torch would keep the row of the pad token from learning (a pad equal
             # to EOS is a token like any other) and look for it in a slice of the vocabulary that lacks it.
             module.padding_idx = None
+    _keep_buffers_exact(model)
     return model
+
+
+def _keep_buffers_exact(model: nn.Module) -> None:
+    """Those that `transformers` keeps in fp32 whatever the model's type: a router's correction bias."""
+    exact = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if any(part in f"{prefix}.{name}" for part in exact):
+                module._buffers[name] = buffer.float()
 
 
 HEADS = {"AutoModelForCausalLM": "causal language model", "AutoModelForSequenceClassification": "sequence classifier"}
