@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine.checkpoints.reading import newest, pointer_problem, steps
-from gearshift.launch.launcher import _ranks_of
+from gearshift.launch.processes import ranks_of
 from tests.rlhf.test_resuming import BATCH, weights
 from tests.rlhf.tiny import changed
 
@@ -47,7 +47,7 @@ class Run:
 
     def _ranks(self) -> list[int]:
         with suppress(OSError):
-            return [rank for launcher in children(self.process.pid) for rank in _ranks_of(launcher)]
+            return [rank for launcher in children(self.process.pid) for rank in ranks_of(launcher)]
         return []
 
     def wait_for(self, iteration: int) -> None:
