@@ -4,7 +4,7 @@
 
 A random Llama with AdamW's moments, saved in turn, `--repeats` times; medians, and the ratio to DeepSpeed's pair by
 pair:
-  deepspeed    `engine.save_checkpoint`: its files, as the operating system caches them
+  deepspeed    `engine.save_checkpoint` under a new name: its files, as the operating system caches them
   ... flushed  the same, and its files on the disk (fsync), which it does not do itself
   gearshift    `Checkpoints.save`: the same files digested, on the disk, renamed, the pointer moved, older ones removed
   background   the same with `checkpoint.background`: until training may go on; and until the step is there
@@ -40,6 +40,7 @@ from gearshift.engine.checkpoints.writing import Checkpoints
 from gearshift.rlhf.language import language_loss
 
 WAYS = ("deepspeed", "... flushed", "gearshift", "background")
+SETTLING = 1.0  # seconds after the disk has nothing to write any more: it may still be freeing blocks
 GOALS = {"gearshift": 1.25, "background": 0.3}  # times DeepSpeed's, at most
 
 
@@ -87,10 +88,20 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
         checkpoints.save(manifest, {"model": model})
 
     def deepspeed(flush: bool) -> None:
-        model.engine.save_checkpoint(str(plain), "step", save_latest=True)
+        model.engine.save_checkpoint(str(plain), f"step-{next(step)}", save_latest=True)
         if flush:
-            for path in plain.rglob(f"*rank_{world.rank}_*.pt"):
+            newest = plain / (plain / "latest").read_text()
+            for path in newest.glob(f"*rank_{world.rank}_*.pt"):
                 fsync(path)
+
+    def remove_old() -> None:
+        """All but the newest step of each way."""
+        for checkpoints in (ours, later):
+            checkpoints.close()
+        if world.is_main and plain.exists():
+            kept = (plain / "latest").read_text()
+            for old in [path for path in plain.glob("step-*") if path.name != kept]:
+                shutil.rmtree(old)
 
     ways: dict[str, Callable[[], None]] = {
         "deepspeed": lambda: deepspeed(False),
@@ -98,7 +109,7 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
         "gearshift": lambda: save(ours),
         "background": lambda: save(later),
     }
-    seconds, whole = timed(ways, later, options.repeats, world)
+    seconds, whole = timed(ways, later, remove_old, options.repeats, world)
     return {
         "device": device_name(world.device),
         "versions": versions(),
@@ -112,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
 
 
 def timed(
-    ways: dict[str, Callable[[], None]], later: Checkpoints, repeats: int, world: World
+    ways: dict[str, Callable[[], None]], later: Checkpoints, between: Callable[[], None], repeats: int, world: World
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of each way until every rank goes on, in turn, after a warm-up of each; and of the background's until
     the step is there. Each begins when the disk has nothing to do any more."""
@@ -122,6 +133,7 @@ def timed(
         for name, way in ways.items():
             if world.is_main:
                 os.sync()
+            time.sleep(SETTLING)
             dist.barrier()
             start = time.perf_counter()
             way()
@@ -129,10 +141,12 @@ def timed(
             taken = time.perf_counter() - start
             later.finish()
             dist.barrier()
+            there = time.perf_counter() - start
+            between()
             if turn:
                 seconds[name].append(taken)
                 if name == "background":
-                    whole.append(time.perf_counter() - start)
+                    whole.append(there)
     return seconds, whole
 
 

@@ -64,17 +64,14 @@ class Saver:
         if every and (came or step % every == 0):
             self.save(step, score)
         if came:
-            self.finish()
+            with watchdog.phase("saving"):
+                self.checkpoints.close()
             raise Paused(f"saved after step {step} at {signal.Signals(came).name}: go on with --resume auto")
-
-    def finish(self) -> None:
-        """What `checkpoint.background` may still be writing is there when this returns. Collective."""
-        with watchdog.phase("saving"):
-            self.checkpoints.finish()
 
     def close(self) -> None:
         """Nothing more is saved: the run is at its end. Collective."""
-        self.finish()
+        with watchdog.phase("saving"):
+            self.checkpoints.close()
         if self._signals:
             self._signals.close()
 

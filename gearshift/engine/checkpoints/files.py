@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ Hook = Callable[[str, Path], None]
 hook: Hook | None = None
 
 BUFFER_BYTES = 4 << 20
+BEGIN_BYTES = 64 << 20
 
 
 def _before(operation: str, path: Path) -> None:
@@ -61,14 +63,24 @@ def remove_contents(folder: Path) -> None:
             remove(inner)
 
 
+def _begin_writing(number: int, low: int, high: int) -> None:
+    """Has the disk write bytes [low, high) of an open file, and waits for nothing; on Linux, elsewhere nothing."""
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is not None:
+        begin(number, ctypes.c_int64(low), ctypes.c_int64(high - low), ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
+
+
 class DigestFile(io.RawIOBase):
-    """A new file that counts and digests what is written to it, and is flushed to the disk when it is closed."""
+    """A new file that counts and digests what is written to it, and is flushed to the disk when it is closed.
+
+    The disk begins before that, each `BEGIN_BYTES`: it writes while the rest is digested.
+    """
 
     _file: Any = None  # until it is there
 
     def __init__(self, path: Path):
         _before("create", path)
-        self.path, self.size = path, 0
+        self.path, self.size, self._begun = path, 0, 0
         self._digest = hashlib.sha256()
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
 
@@ -77,9 +89,13 @@ class DigestFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         _before("write", self.path)
-        written = self._file.write(data)
-        self._digest.update(memoryview(data)[:written])
+        piece = memoryview(data).cast("B")[:BEGIN_BYTES]  # the caller comes again with the rest
+        written = int(self._file.write(piece))
+        self._digest.update(piece[:written])
         self.size += written
+        if self.size - self._begun >= BEGIN_BYTES:
+            _begin_writing(self._file.fileno(), self._begun, self.size)
+            self._begun = self.size
         return written
 
     def close(self) -> None:

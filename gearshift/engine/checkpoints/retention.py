@@ -28,7 +28,7 @@ def best(folder: Path) -> int | None:
 def purge(folder: Path, keep: int) -> None:
     """Leaves the `keep` newest steps and the best one. Call it after a step is complete, which is then the newest.
 
-    A step that goes is first renamed, so that none is ever half there under its name.
+    A step that goes is renamed, so that none is ever half there under its name; `remove_left_behind` removes it.
     """
     found = steps(folder)
     kept = {*found[-keep:], best(folder)}
@@ -36,7 +36,6 @@ def purge(folder: Path, keep: int) -> None:
         if step not in kept:
             files.rename(folder / folder_name(step), folder / f".{folder_name(step)}.old")
     files.flush_folder(folder)
-    remove_left_behind(folder)
 
 
 def remove_left_behind(folder: Path) -> None:

@@ -53,6 +53,8 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep: int, background: bool = False):
         self.folder, self.world, self.keep, self.background = folder, world, keep, background
         self._begun: _Begun | None = None
+        self._cleaning: threading.Thread | None = None
+        self._not_removed: str | None = None
 
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
@@ -62,9 +64,10 @@ class Checkpoints:
         Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
         """
         self.finish()
+        self._await_cleaning()
         aside = self.folder / f".{folder_name(manifest.step)}.writing"
         shards = Shards(aside, later=self.background)
-        shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
+        shards.error = self._agreed(self._not_removed or self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
         if self.world.is_main:
@@ -101,6 +104,11 @@ class Checkpoints:
             error = self._agreed(self._commit(begun.aside, dataclasses.replace(begun.manifest, files=written)))
         if error is not None:
             self._fail(begun.aside, error, sum(needed for _, needed, _ in parts))
+
+    def close(self) -> None:
+        """Nothing more is saved: waits for what is being written, and for what is being removed."""
+        self.finish()
+        self._await_cleaning()
 
     def clear(self) -> None:
         """Removes every checkpoint: the run starts again. The folder itself stays: it may be a disk of its own."""
@@ -173,8 +181,18 @@ class Checkpoints:
             files.flush_folder(self.folder)
             files.replace_text(self.folder / reading.POINTER, step.name + "\n")
             retention.purge(self.folder, self.keep)
+            # Gigabytes take their time to go, and nothing waits for that.
+            self._cleaning = threading.Thread(target=self._clean, daemon=True)
+            self._cleaning.start()
 
         return _told(commit)
+
+    def _clean(self) -> None:
+        self._not_removed = _told(lambda: retention.remove_left_behind(self.folder))
+
+    def _await_cleaning(self) -> None:
+        if self._cleaning is not None:
+            self._cleaning.join()
 
     def _fail(self, aside: Path, error: str, needed: int) -> None:
         free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
