@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gearshift
-from gearshift.engine.endings import several_hosts
+from gearshift.engine.endings import follow_the_first, several_hosts
 from gearshift.errors import SettingError, Told, UserError
 from gearshift.launch.config import load
 from gearshift.launch.overrides import Arguments
@@ -53,6 +53,8 @@ def join(command: str, arguments: Arguments) -> Config:
         if card_name:
             os.environ["GLOO_SOCKET_IFNAME"] = card_name
     init_distributed(met.store)
+    if several_hosts():
+        follow_the_first()
     return config
 
 
