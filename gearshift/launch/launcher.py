@@ -27,8 +27,8 @@ from gearshift.launch.processes import PAUSED, OneHost, free_port, run_to_end
 from gearshift.launch.rank import USER_ERROR, run_rank
 from gearshift.rlhf.settings import Config
 
-# The program by which DeepSpeed knows that a launcher is there.
-PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "slurm": "sinfo"}
+# The programs by which a launcher is known to be there.
+PROGRAMS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("ompi_info", "ssh"), "slurm": ("sinfo",)}
 
 
 def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any], None]) -> int:

@@ -109,14 +109,14 @@ class Host:
 
     def find(self, words: str) -> int:
         """The process id, on this host, of the one Python process whose command line has these words."""
-        listing = self.run("ps", "-eo", "pid=,args=")
+        listing = self.run("ps", "-ww", "-eo", "pid=,args=")
         found = [line.split() for line in listing.splitlines() if words in line and "launcher.launch" not in line]
         (process,) = [line[0] for line in found if "python" in line[1] and "deepspeed.launcher.runner" not in line]
         return int(process)
 
     def pythons(self) -> list[str]:
         """Command lines of Python processes that live here."""
-        listing = self.run("ps", "-eo", "stat=,args=")
+        listing = self.run("ps", "-ww", "-eo", "stat=,args=")
         return [line for line in listing.splitlines() if "python" in line and not line.startswith("Z")]
 
 
