@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
+FOLLOW_SECONDS = 2.0
 _LOST = re.compile(r"connection|peer|gloo|nccl|broken pipe|timed out|timeout|socket", re.IGNORECASE)
 
 
@@ -39,11 +43,36 @@ def may_speak(code: int) -> bool:
         return False
 
 
+def follow_the_first() -> None:
+    """From now on this process ends, without a word, when another rank has said why the run ends."""
+    store = own_store("ending")
+
+    def follow() -> None:
+        with suppress(
+            RuntimeError
+        ):  # the store is gone, and rank 0 with it: at the end of the run, or see the watchdog
+            while (code := code_of_the_first(store)) is None:
+                time.sleep(FOLLOW_SECONDS)
+            os._exit(code)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def linger() -> None:
+    """Rank 0 has said why the run ends, and keeps the store: the others must have seen that."""
+    if several_hosts() and os.environ["RANK"] == "0":
+        time.sleep(2 * FOLLOW_SECONDS + 1)
+
+
 def code_of_the_first(store: Any) -> int | None:
-    """The exit code of the rank that said why the run ends, by `own_store("ending")`; None while all go on."""
+    """The exit code of the rank that said why the run ends, by `own_store("ending")`; None while all go on.
+
+    The rank itself is not told: it is still speaking.
+    """
     if not store.check(["first"]):
         return None
-    return int(store.get("first").decode().split()[1])
+    rank, code = store.get("first").decode().split()
+    return None if rank == os.environ["RANK"] else int(code)
 
 
 def is_lost_connection(error: BaseException) -> bool:

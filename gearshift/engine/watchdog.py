@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from gearshift.engine.distributed import World
-from gearshift.engine.endings import code_of_the_first, own_store, several_hosts
+from gearshift.engine.endings import own_store, several_hosts
 from gearshift.engine.placement import named
 from gearshift.errors import Paused
 
@@ -61,7 +61,7 @@ class Watchdog:
     def __init__(self, world: World, seconds: float, end: Callable[[str], None] | None = None):
         self.world, self.seconds, self.interval = world, seconds, min(5.0, seconds / 10)
         self._end = end or self._exit
-        self._store, self._ending = own_store("alive"), own_store("ending")
+        self._store = own_store("alive")
         self._lost = False
         self._phases = ["between phases"]
         self._moves = self._beats = 0
@@ -89,12 +89,6 @@ class Watchdog:
         self._closed.wait(6 * self.interval + 5)
         if self._closed.is_set():
             time.sleep(self.interval + 5)  # the thread that has the verdict ends the process
-
-    def linger(self) -> None:
-        """This rank ends and has said why; who keeps the store stays until the others have read that."""
-        self.stop()
-        if self.world.is_main:
-            time.sleep(2 * self.interval)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -127,9 +121,6 @@ class Watchdog:
         for rank, seen in self._seen.items():
             if self._store.check([str(rank)]):
                 seen.update(self._store.get(str(rank)).decode())
-        code = code_of_the_first(self._ending)
-        if code is not None and not self._closed.is_set():
-            os._exit(code)
         verdict = self._verdict()
         if self.world.is_main and verdict:
             self._store.set("verdict", verdict)
@@ -219,7 +210,7 @@ def watching(world: World, seconds: float) -> Iterator[None]:
         yield
         _current.close()
     except Exception as error:
-        goes_on = several_hosts() and not isinstance(error, Paused)  # for `wait_for_verdict` and `linger`
+        goes_on = several_hosts() and not isinstance(error, Paused)  # for `wait_for_verdict`
         raise
     finally:
         if not goes_on:
@@ -241,9 +232,3 @@ def wait_for_verdict() -> None:
     """Where a connection broke in a run that is watched over several hosts, ends this process with the one to blame."""
     if _current is not None:
         _current.wait_for_verdict()
-
-
-def linger() -> None:
-    """This rank ends, and the others are to know that it has said why."""
-    if _current is not None:
-        _current.linger()

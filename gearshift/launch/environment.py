@@ -12,11 +12,11 @@ from gearshift.errors import UserError
 def adopt_launcher(environment: MutableMapping[str, str]) -> None:
     """Sets what DeepSpeed's launcher and torchrun set (`RANK` ...), where mpirun or srun has started this process.
 
-    srun: a step of several tasks. Raises UserError where rank 0's address is not said.
+    One process alone starts the others itself. Raises UserError where rank 0's address is not said.
     """
     if "RANK" in environment:
         return
-    if "OMPI_COMM_WORLD_RANK" in environment:
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         for name, source in (("RANK", "RANK"), ("LOCAL_RANK", "LOCAL_RANK"), ("WORLD_SIZE", "SIZE")):
             environment[name] = environment[f"OMPI_COMM_WORLD_{source}"]
         environment["LOCAL_SIZE"] = environment["OMPI_COMM_WORLD_LOCAL_SIZE"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gearshift
-from gearshift.engine.endings import several_hosts
+from gearshift.engine.endings import follow_the_first, several_hosts
 from gearshift.errors import SettingError, Told, UserError
 from gearshift.launch.config import load
 from gearshift.launch.overrides import Arguments
@@ -49,6 +49,8 @@ def join(command: str, arguments: Arguments) -> Config:
     _tell_world(met.hosts, tp_size)
     name_interface()
     init_distributed(met.store)
+    if several_hosts():
+        follow_the_first()
     return config
 
 

@@ -27,8 +27,8 @@ from gearshift.launch.processes import PAUSED, OneHost, free_port, run_to_end
 from gearshift.launch.rank import USER_ERROR, run_rank
 from gearshift.rlhf.settings import Config
 
-# The program by which DeepSpeed knows that a launcher is there.
-PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "slurm": "sinfo"}
+# The programs by which a launcher is known to be there.
+PROGRAMS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("ompi_info", "ssh"), "slurm": ("sinfo",)}
 
 
 def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any], None]) -> int:
@@ -149,13 +149,14 @@ def chosen_hosts(arguments: Arguments) -> dict[str, list[int]]:
     assert arguments.hostfile is not None
     options = arguments.launcher
     launcher = options.get("launcher", "pdsh").lower()
-    if launcher in PROGRAMS and shutil.which(PROGRAMS[launcher]) is None:
-        raise UserError(
-            f"--launcher {launcher}: {PROGRAMS[launcher]} is not installed here: install it or name another"
-        )
+    if launcher not in PROGRAMS:
+        raise UserError(f"--launcher: {launcher} is unknown here: use one of {', '.join(PROGRAMS)}")
     for name in ("include", "exclude"):
         if launcher == "openmpi" and name in options:
             raise UserError(f"--{name}: DeepSpeed's openmpi launcher knows none: leave those hosts out of the hostfile")
+    for program in PROGRAMS[launcher]:
+        if shutil.which(program) is None:
+            raise UserError(f"--launcher {launcher}: {program} is not installed here: install it or name another")
     hosts = read_hostfile(arguments.hostfile)
     return selected(hosts, options.get("include", ""), options.get("exclude", ""))
 

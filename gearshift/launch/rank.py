@@ -64,13 +64,11 @@ def _fail(message: str, code: int, wait: float, alone: bool = True) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(wait)
     if message and alone and "torch" in sys.modules:
-        from gearshift.engine import watchdog
-        from gearshift.engine.endings import may_speak, several_hosts
+        from gearshift.engine.endings import linger, may_speak
 
         if may_speak(code):
             print(message, file=sys.stderr, flush=True)
-            if several_hosts():
-                watchdog.linger()
+            linger()
     elif message:
         print(message, file=sys.stderr)
     _leave(code)

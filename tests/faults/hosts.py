@@ -34,7 +34,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind {folder}/ssh /etc/ssh
-mount --bind {folder}/hosts /etc/hosts
+mount --bind {folder}/hosts-of-{name} /etc/hosts
 hostname {name}
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip address add {address}/24 dev eth0
@@ -109,14 +109,14 @@ class Host:
 
     def find(self, words: str) -> int:
         """The process id, on this host, of the one Python process whose command line has these words."""
-        listing = self.run("ps", "-eo", "pid=,args=")
+        listing = self.run("ps", "-ww", "-eo", "pid=,args=")
         found = [line.split() for line in listing.splitlines() if words in line and "launcher.launch" not in line]
         (process,) = [line[0] for line in found if "python" in line[1] and "deepspeed.launcher.runner" not in line]
         return int(process)
 
     def pythons(self) -> list[str]:
         """Command lines of Python processes that live here."""
-        listing = self.run("ps", "-eo", "stat=,args=")
+        listing = self.run("ps", "-ww", "-eo", "stat=,args=")
         return [line for line in listing.splitlines() if "python" in line and not line.startswith("Z")]
 
 
@@ -128,7 +128,9 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         _write_ssh(folder)
-        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in names.items()))
+        for own in names:  # which leads to the loopback, as on Debian
+            lines = [f"{'127.0.1.1' if name == own else address} {name}" for name, address in names.items()]
+            (folder / f"hosts-of-{own}").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         hosts = []
         for name, address in names.items():
             with (folder / f"{name}.log").open("wb") as log:

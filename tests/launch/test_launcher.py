@@ -152,6 +152,23 @@ def test_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--launcher", "pds"], "--launcher: pds is unknown here: use one of pdsh, openmpi, slurm"),
+        (["--launcher", "slurm"], "--launcher slurm: sinfo is not installed here"),
+        (["--launcher", "openmpi", "--include", "a"], "openmpi"),
+    ],
+)
+def test_launchers_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], problem: str
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=problem):
+        launcher.chosen_hosts(parse_arguments(["c.yaml", "--hostfile", str(tmp_path / "hosts"), *words]))
+
+
 def test_ranks_of_mpirun_and_srun() -> None:
     mpi = {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4", "LOCAL_SIZE": "2"}
     environment = {f"OMPI_COMM_WORLD_{name}": value for name, value in mpi.items()}
