@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[ROLE=]FOLDER",
-        help="a folder with a config.json in place of a model that is not here; of one of policy, critic, reference and "
-        "reward, or of all",
+        help="a folder with a config.json, for a model that is not here: one of policy, critic, reference and reward, "
+        "or all of them",
     )
     parser.add_argument("--json", action="store_true", help="for machines: bytes and seconds")
     return parser
@@ -130,7 +130,7 @@ def _shapes(config: PpoConfig, given: list[str]) -> Any:
     if not names_function(config.reward.init):
         reward = shape_of("reward.init", config.reward.init, named.get("reward"))
     if config.has_critic:
-        own = "critic" in named or config.critic.init != "reward"
+        own = any(text.startswith("critic=") for text in given) or config.critic.init != "reward"
         critic = shape_of("critic.init", config.critic.init, named.get("critic")) if own else reward
     reference = policy
     if config.reference.init != "policy":
@@ -151,9 +151,9 @@ def _positions(config: Any) -> int | None:
 
 
 def _named(given: list[str]) -> dict[str, str]:
-    """Role -> folder."""
+    """Role -> folder; what is given for all roles stands in where nothing is given for one."""
     named: dict[str, str] = {}
-    for text in given:
+    for text in sorted(given, key=lambda text: "=" not in text):
         role, equals, folder = text.rpartition("=")
         if equals and role not in ROLES:
             raise UserError(f"--model: {role} is no model of a PPO run: use {', '.join(ROLES)}, or the folder alone")

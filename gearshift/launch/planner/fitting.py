@@ -1,4 +1,4 @@
-"""What would fit into a GPU's memory: the largest micro-batch and slot count, and what to change when a plan does not."""
+"""What fits into a GPU's memory: the largest micro-batch and slot count, and what to change when a plan does not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def largest_micro_batch(plan: PpoPlan, memory: float) -> int:
-    """The most rows a micro-batch may have, as far as there are rows; 0 where not even one fits."""
-    rows = [plan.config.ppo.batch_size // plan.ranks]
+    """The most rows a micro-batch may have, as far as a minibatch has rows; 0 where not even one fits."""
+    rows = [plan.config.ppo.minibatch_size // plan.ranks]
     if plan.text is not None:
         rows.append(plan.config.ppo.minibatch_size * plan.config.ptx.examples_per_episode // plan.ranks)
     return largest(max(rows), lambda n: plan.changed(ppo={"micro_batch_size": n}).largest.total <= memory)
@@ -53,7 +53,7 @@ def changes(plan: PpoPlan, memory: float) -> list[Change]:
         if chosen is None:
             continue
         changed = with_setting(plan, field, chosen)
-        if changed.largest.total < plan.largest.total or changed.rollout.total < plan.rollout.total:
+        if changed.largest.total < plan.largest.total:
             plan = changed
             found.append(Change(field, chosen, plan.largest.total))
     return found
@@ -77,22 +77,24 @@ def _candidates(plan: PpoPlan) -> Iterator[tuple[str, Chooser]]:
     def when(condition: Callable[[PpoPlan], bool], value: Any) -> Chooser:
         return lambda plan, memory: value if condition(plan) else None
 
+    def group(size: int) -> Callable[[PpoPlan], bool]:
+        return lambda p: p.config.rollout.tp_size < size <= p.per_host and p.ranks % size == 0 and p.splits(size)
+
     def rows(plan: PpoPlan, memory: float) -> int | None:
         fitting = max(1, largest_micro_batch(plan, memory))
         return fitting if fitting < plan.config.ppo.micro_batch_size else None
 
     def slots(plan: PpoPlan, memory: float) -> int | None:
         fitting = max(1, largest_slots(plan, memory))
-        return fitting if plan.rollout.total > memory and fitting < plan.rollouts.slots else None
+        return fitting if plan.largest is plan.rollout and fitting < plan.rollouts.slots else None
 
     yield f"{zero}.reduce_bucket_size", when(lambda p: p.sharding.zero.reduce_bucket > SMALL_BUCKET, SMALL_BUCKET)
     yield "ppo.micro_batch_size", rows
     yield "rollout.slots", slots
     yield "rollout.keep_weights", when(lambda p: p.config.rollout.keep_weights, False)
     for size in (2, 4, 8):
-        fitting = size > plan.config.rollout.tp_size and size <= plan.per_host and plan.ranks % size == 0
-        yield "rollout.tp_size", when(lambda p, fitting=fitting: fitting and p.splits(size), size)  # type: ignore[misc]
-    yield "rollout.offload_optimizer", when(lambda p: _offloads(p) and p.rollout.total > p.phases[-1].total, True)
+        yield "rollout.tp_size", when(group(size), size)
+    yield "rollout.offload_optimizer", when(lambda p: _offloads(p) and p.largest is p.rollout, True)
     yield f"{zero}.offload_optimizer", when(_offloads, {"device": "cpu"})
     yield f"{zero}.offload_param", when(lambda p: not p.sharding.zero.offload_param, {"device": "cpu"})
 

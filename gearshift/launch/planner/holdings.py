@@ -14,8 +14,8 @@ FP32 = 4
 class Holding:
     """Bytes on a rank's device, and `host` those in its host's memory in their place.
 
-    `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in fp32;
-    `optimizer`: fp32 weights and moments; `bucket`: the buffer in which gradients are collected.
+    `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in
+    fp32; `optimizer`: fp32 weights and moments; `bucket`: the buffer in which gradients are collected.
     """
 
     weights: int = 0
@@ -58,8 +58,12 @@ def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) 
 
 def step_bytes(model: PaperModel, sharding: Sharding, moments: int, temporaries: int) -> int:
     """What an optimizer step takes for a while on the device: a flat copy of the gradients, and `temporaries` numbers
-    for each weight (of the update rule)."""
+    for each weight (of the update rule), of one group of parameters at a time."""
     if sharding.zero.offload_optimizer:
         return 0
-    trained = sum(-(-p.numel() // sharding.ranks) for p in model.parameters if p.requires_grad)
-    return trained * FP32 * (1 + (temporaries if moments else 0))
+    largest = group = 0
+    for parameter in model.parameters:
+        group += -(-parameter.numel() // sharding.ranks) if parameter.requires_grad else 0
+        largest = max(largest, group)
+        group = 0 if group >= sharding.zero.sub_group else group
+    return largest * FP32 * (1 + (temporaries if moments else 0))

@@ -85,7 +85,8 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
         elif event.kind in ("keep", "drop"):
             (window.keep if event.kind == "keep" else window.drop)(event.value)
         elif event.kind == "gradient":
-            look(gradients=bucket.add(timeline.numel[event.value]))
+            reduced = bucket.add(timeline.numel[event.value])
+            look(gradients=reduced - bucket.kept)  # a gradient that is kept is among what is live still
         else:
             window.peak = window.bytes
             (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value])

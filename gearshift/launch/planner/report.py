@@ -112,9 +112,8 @@ def as_text(found: Findings) -> list[str]:
         *_table(plan),
     ]  # fmt: skip
     if plan.host_bytes:
-        lines.append(
-            f"and {_gb(plan.host_bytes)} GB of host memory for each rank, {_gb(plan.host_bytes * min(machines.per_host, machines.gpus))} GB a host"
-        )
+        each, ranks = plan.host_bytes, min(machines.per_host, machines.gpus)
+        lines.append(f"and {_gb(each)} GB of host memory for each rank, {_gb(each * ranks)} GB on a host")
     return [*lines, "", *_largest(found), *_changes(found)]
 
 

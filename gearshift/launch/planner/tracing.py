@@ -117,7 +117,7 @@ class _WithoutValues(TorchFunctionMode):
 def trace(
     model: nn.Module, forward: Callable[[], Tensor | tuple[Tensor, ...]], train: bool, targets: int = 0
 ) -> Timeline:
-    """`forward()` runs one micro-batch through the model, which is on the meta device, and log-probs are asked for at so
+    """`forward()` runs one micro-batch through the model, which is on the meta device, and asks for log-probs at so
     many `targets`; with `train` its backward follows."""
     parameters = list(dict.fromkeys(model.parameters()))
     number = {id(p): n for n, p in enumerate(parameters)}
