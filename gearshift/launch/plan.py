@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gearshift plan",
+        allow_abbrev=False,
         usage="gearshift plan CONFIG.yaml [--section.field value ...] [--gpus N] [--gpu NAME] [options]",
         description="Memory of each rank in each phase of a PPO run, bytes of a shift, and what fits. Exit code 1: it "
         "does not fit.",

@@ -69,7 +69,7 @@ class PpoPlan:
         updates = {name: getattr(self.config, name).model_copy(update=dict(v)) for name, v in sections.items()}
         found = replace(self, config=self.config.model_copy(update=updates))
         if found.config.rollout.tp_size == self.config.rollout.tp_size:
-            found.replica = self.replica
+            found.replica, found.shift = self.replica, self.shift
         return found
 
     def with_deepspeed(self, section: dict[str, Any]) -> PpoPlan:

@@ -136,6 +136,7 @@ def trace(
         if train:
             _total(found).backward()
         del found
+        timeline.events.append(Event("live", counting.bytes))
     return timeline
 
 
