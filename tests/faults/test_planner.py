@@ -16,7 +16,7 @@ from tests.launch.test_plan import ROOT, ready_commands
 from tests.worker_group import WorkerGroup
 
 SMALL = Size(
-    llama(192, 3, 6, 3, 3000), prompt=40, response=24, rollout={"tp_size": 2}, zero={"reduce_bucket_size": 10**6}
+    llama(192, 3, 6, 2, 3000), prompt=40, response=24, rollout={"tp_size": 2}, zero={"reduce_bucket_size": 10**6}
 )
 
 
