@@ -80,7 +80,22 @@ def test_what_does_not_fit_says_what_to_change(config: dict[str, Any], capsys: p
     assert plan(config, "--memory-gb", "5") == 1
     out = capsys.readouterr().out
     assert out.startswith("DOES NOT FIT")
-    assert "deepspeed.zero_optimization.reduce_bucket_size: 50000000" in out
+    assert "  deepspeed.zero_optimization.reduce_bucket_size: 50000000   -> " in out
+
+
+def test_no_setting_is_named_that_the_last_one_makes_needless(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To let the rollout weights go would not do, and the optimizer's state on the host does alone."""
+    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    config["rollout"] |= {"slots": 1, "max_new_tokens": 2}
+    config["ppo"]["micro_batch_size"], config["data"]["max_prompt_tokens"] = 1, 2
+    assert plan(config, "--json") == 0
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    optimizer, peak = phases[0]["parts"]["optimizer"], max(phase["total"] for phase in phases)
+    assert plan(config, "--json", "--memory-gb", str(4 + (peak - 0.9 * optimizer) / 1e9)) == 1
+    fields = [change["field"] for change in json.loads(capsys.readouterr().out)["changes"]]
+    assert fields == ["deepspeed.zero_optimization.offload_optimizer"]
 
 
 @pytest.mark.parametrize(

@@ -43,19 +43,32 @@ class Change:
 
 
 def changes(plan: PpoPlan, memory: float) -> list[Change]:
-    """Settings to change, one after the other, until the plan fits: those first that cost least time. The last one's
-    peak may still be too much."""
-    found: list[Change] = []
-    for field, value in _candidates(plan):
-        if plan.largest.total <= memory:
+    """Settings to change until the plan fits, those first that cost least time, and none that is not needed. The last
+    one's peak may still be too much."""
+    chosen: list[tuple[str, Any]] = []
+    changed = plan
+    for field, value_of in _candidates():
+        if changed.largest.total <= memory:
             break
-        chosen = value(plan, memory)
-        if chosen is None:
-            continue
-        changed = with_setting(plan, field, chosen)
-        if changed.largest.total < plan.largest.total:
-            plan = changed
-            found.append(Change(field, chosen, plan.largest.total))
+        value = value_of(changed, memory)
+        if value is not None:
+            more = with_setting(changed, field, value)
+            if more.largest.total < changed.largest.total:
+                changed = more
+                chosen.append((field, value))
+    for setting in list(chosen[:-1]):
+        rest = [other for other in chosen if other != setting]
+        if _peaks(plan, rest)[-1] <= memory:
+            chosen = rest
+    return [Change(*setting, peak) for setting, peak in zip(chosen, _peaks(plan, chosen), strict=True)]
+
+
+def _peaks(plan: PpoPlan, settings: list[tuple[str, Any]]) -> list[int]:
+    """The peak after each of the settings, one after the other."""
+    found = []
+    for field, value in settings:
+        plan = with_setting(plan, field, value)
+        found.append(plan.largest.total)
     return found
 
 
@@ -71,7 +84,7 @@ def with_setting(plan: PpoPlan, field: str, value: Any) -> PpoPlan:
 Chooser = Callable[[PpoPlan, float], Any]
 
 
-def _candidates(plan: PpoPlan) -> Iterator[tuple[str, Chooser]]:
+def _candidates() -> Iterator[tuple[str, Chooser]]:
     zero = "deepspeed.zero_optimization"
 
     def when(condition: Callable[[PpoPlan], bool], value: Any) -> Chooser:

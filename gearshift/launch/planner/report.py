@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from gearshift.launch.arithmetic import batch_arithmetic
 from gearshift.launch.planner.fitting import Change, changes, largest_micro_batch, largest_slots
 from gearshift.launch.planner.machines import GB, RESERVED, Gpu
@@ -159,7 +161,8 @@ def _changes(found: Findings) -> list[str]:
         return ["", "Nothing that is known here would make it fit: use more GPUs, or ones with more memory."]
     lines = ["", "To make it fit, one after the other:"]
     for change in found.changes:
-        lines.append(f"  {change.field}: {change.value}".replace("'", "") + f"   -> {_gb(change.peak)} GB")
+        value = yaml.safe_dump(change.value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+        lines.append(f"  {change.field}: {value}   -> {_gb(change.peak)} GB")
     if found.changes[-1].peak > found.machines.usable:
         lines.append("  and that is not enough: use more GPUs, shorter sequences, or policy.lora")
     return lines

@@ -34,9 +34,6 @@ class PaperGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous()
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.empty(self.size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
 
 @dataclass(frozen=True)
 class Rollouts:
