@@ -22,6 +22,7 @@ from gearshift.engine.average import WeightAverage
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
+from gearshift.engine.linears import bind_linears
 from gearshift.engine.saving import save_pretrained
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
@@ -132,6 +133,8 @@ class ZeroModel:
             train_adapters_only(module)
         if training is not None and training.gradient_checkpointing:
             _compute_activations_again(module)
+        if training is not None:
+            bind_linears(module)
         trained = [p for p in module.parameters() if p.requires_grad]
         schedule = training.schedule if training else None
         self.engine = deepspeed.initialize(

@@ -96,12 +96,17 @@ def _check_choice(config: SftConfig) -> None:
         raise SettingError("data.validation", "needed with train.best: score: rows whose prompts are answered")
 
 
-def _check_rollout(config: PpoConfig | CompareConfig | SftConfig, ranks: int) -> None:
+def check_tensor_parallel(config: PpoConfig | CompareConfig | SftConfig, ranks: int) -> None:
+    """Raises SettingError where the ranks do not make whole groups."""
     if ranks % config.rollout.tp_size:
         fitting = numbers(d for d in range(1, ranks + 1) if ranks % d == 0)
         raise SettingError(
             "rollout.tp_size", f"{config.rollout.tp_size} does not divide the {ranks} ranks (run.ranks): use {fitting}"
         )
+
+
+def _check_rollout(config: PpoConfig | CompareConfig | SftConfig, ranks: int) -> None:
+    check_tensor_parallel(config, ranks)
     check_shift(config.deepspeed, config.rollout.offload_optimizer)
     check_attention_setting(config.rollout.attention, config.run.dtype)
 

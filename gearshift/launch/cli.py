@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": ("gearshift.launch.reward", "a reward model from ranked completions"),
     "ppo": ("gearshift.launch.ppo", "PPO, and PPO-ptx with ptx.coef above 0"),
     "compare": ("gearshift.launch.compare", "systems side by side: scores, win rates, KL, loss on pretraining text"),
+    "plan": ("gearshift.launch.plan", "memory of each rank in each phase, bytes of a shift, what fits; needs no GPU"),
     "verify": ("gearshift.launch.verify", "is a checkpoint whole, and nothing in it but tensors"),
     "export": ("gearshift.launch.export", "a checkpoint as a folder that from_pretrained loads"),
     "doctor": ("gearshift.launch.doctor", "would a run start here, and over the hosts of a hostfile"),

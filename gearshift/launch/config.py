@@ -64,6 +64,11 @@ def load(
     return config
 
 
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file as they are written. Raises UserError."""
+    return _Source(Path(path)).values
+
+
 def save(config: Config, path: str | Path) -> None:
     """Writes the config, defaults included, as YAML that `load` reads back."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

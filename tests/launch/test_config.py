@@ -297,9 +297,10 @@ def test_a_run_does_not_write_where_it_reads(here: Path, command: str, field: st
     load(command, write(values), ranks=2)
 
 
+# Those of configs/ready are for their own numbers of ranks: see test_plan.py.
 SHIPPED = [
     *(Path(gearshift.launch.__file__).parent / "demo").glob("*.yaml"),
-    *(Path(__file__).parents[2] / "configs").glob("*/*.yaml"),
+    *(p for p in (Path(__file__).parents[2] / "configs").glob("*/*.yaml") if p.parent.name != "ready"),
 ]
 
 

@@ -1,0 +1,69 @@
+"""What a rank holds of a model as long as the run goes, whatever is at work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gearshift.launch.planner.models import PaperModel
+from gearshift.launch.planner.passes import Sharding
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes on a rank's device, and `host` those in its host's memory in their place.
+
+    `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in
+    fp32; `optimizer`: fp32 weights and moments; `bucket`: the buffer in which gradients are collected.
+    """
+
+    weights: int = 0
+    whole: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    bucket: int = 0
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.whole + self.gradients + self.optimizer + self.average + self.bucket
+
+
+def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) -> Holding:
+    """Of one model. `moments`: numbers that the optimizer keeps for a weight beside it (AdamW: 2)."""
+    n, size, zero = sharding.ranks, sharding.itemsize, sharding.zero
+
+    def shard(numel: int) -> int:
+        return -(-numel // n)
+
+    small = [p.numel() for p in model.parameters if p.numel() <= zero.persistence]
+    shards = sum(shard(p.numel()) for p in model.parameters) * size
+    kept_whole = sum(shard(numel) * n for numel in small) * size if n > 1 else 0
+    on_device = sum(map(shard, small)) * size if zero.offload_param and not model.trained else 0
+    weights = on_device if zero.offload_param else shards
+    host = shards - weights
+    if not model.trained:
+        return Holding(weights, kept_whole, host=host)
+    trained = sum(shard(p.numel()) for p in model.parameters if p.requires_grad)
+    state = (1 + moments) * trained * FP32
+    averaged = trained * FP32 if average else 0
+    bucket = zero.reduce_bucket * FP32
+    if zero.offload_optimizer:
+        host += state + averaged + 2 * trained * FP32
+        return Holding(weights, kept_whole, bucket=bucket, host=host)
+    return Holding(weights, kept_whole, trained * FP32, state, averaged, bucket, host)
+
+
+def step_bytes(model: PaperModel, sharding: Sharding, moments: int, temporaries: int) -> int:
+    """What an optimizer step takes for a while on the device: a flat copy of the gradients, and `temporaries` numbers
+    for each weight (of the update rule), of one group of parameters at a time."""
+    if sharding.zero.offload_optimizer:
+        return 0
+    largest = group = 0
+    for parameter in model.parameters:
+        group += -(-parameter.numel() // sharding.ranks) if parameter.requires_grad else 0
+        largest = max(largest, group)
+        group = 0 if group >= sharding.zero.sub_group else group
+    return largest * FP32 * (1 + (temporaries if moments else 0))

@@ -1,0 +1,85 @@
+"""Bytes of live tensors, counted while operations run, and timelines of models without weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gearshift.kernels import linear_logprob
+from gearshift.launch.planner.live import LiveBytes
+from gearshift.launch.planner.passes import Sharding, need
+from gearshift.launch.planner.tracing import META, Timeline, extended, trace
+from gearshift.launch.planner.window import ZeroSettings
+
+
+def test_a_storage_counts_once_and_until_nothing_refers_to_it() -> None:
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        view = x.view(10, 10)
+        del x
+        assert live.bytes == 400
+        del view
+        assert (live.bytes, live.peak) == (0, 400)
+
+
+def test_a_resized_storage_counts_with_its_new_size() -> None:
+    own = torch.UntypedStorage.resize_
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        x.untyped_storage().resize_(0)
+        assert live.bytes == 0
+        x.untyped_storage().resize_(800)
+        assert live.bytes == 800
+    assert torch.UntypedStorage.resize_ is own
+
+
+def test_what_an_operator_of_ours_needs_inside_counts() -> None:
+    hidden, weight, targets = torch.randn(8, 4), torch.randn(50, 4), torch.zeros(8, dtype=torch.int64)
+    with LiveBytes() as live:
+        linear_logprob(hidden, weight, targets)
+        assert live.peak >= 8 * 50 * 4  # the logits
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).to(META)
+
+
+def timeline(rows: int, train: bool = True) -> Timeline:
+    own = model()
+    return trace(own, lambda: own(torch.zeros(rows, 16, device=META)), train)
+
+
+def real_peak(rows: int) -> int:
+    """The same passes with weights, their gradients dropped as they come."""
+    own = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    for p in own.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with LiveBytes() as live:
+        live.ignore(*own.parameters())
+        y = own(torch.zeros(rows, 16))
+        torch.stack([y.sum()]).sum().backward()
+    return live.peak
+
+
+def test_without_weights_the_peak_is_what_it_is_with_them() -> None:
+    for rows in (2, 7, 64):
+        assert timeline(rows).activations == real_peak(rows)
+
+
+def test_many_rows_follow_from_two_and_three() -> None:
+    found = extended(timeline(2), timeline(3), 50)
+    assert found is not None
+    assert found.events == timeline(50).events
+
+
+def test_a_forward_pass_alone_keeps_nothing() -> None:
+    assert timeline(64, train=False).activations < timeline(64).activations
+
+
+def test_gradients_wait_in_the_bucket_and_are_joined_when_it_is_full() -> None:
+    """Of 8, 256, 32 and, too large for the small bucket, 512 numbers."""
+    roomy, tight = (
+        need(timeline(2), Sharding(1, 4, ZeroSettings(reduce_bucket=bucket))).gradients for bucket in (10_000, 300)
+    )
+    assert roomy == (512 + 32 + 256 + 8) * 4
+    assert tight == (8 + 256 + 32) * 4
