@@ -6,8 +6,10 @@ A random Llama with AdamW's moments, saved in turn, `--repeats` times; medians, 
 pair:
   deepspeed    `engine.save_checkpoint` under a new name: its files, as the operating system caches them
   ... flushed  the same, and its files on the disk (fsync), which it does not do itself
-  gearshift    `Checkpoints.save`: the same files digested, on the disk, renamed, the pointer moved, older ones removed
-  background   the same with `checkpoint.background`: until training may go on; and until the step is there
+  gearshift    `Checkpoints.save`: the same files digested and written; a thread waits for the disk, then the step is
+               renamed, the pointer moved, older ones removed
+  background   the same with `checkpoint.background`: copied to host memory, all else in the thread
+Gearshift's times are until training may go on; until the step is there, on the disk, is told apart.
 Bytes are those of the last step's folder.
 """
 
@@ -109,7 +111,7 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
         "gearshift": lambda: save(ours),
         "background": lambda: save(later),
     }
-    seconds, whole = timed(ways, later, remove_old, options.repeats, world)
+    seconds, whole = timed(ways, {"gearshift": ours, "background": later}, remove_old, options.repeats, world)
     return {
         "device": device_name(world.device),
         "versions": versions(),
@@ -117,18 +119,22 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
         "parameters": model.parameters_total,
         "dtype": options.dtype,
         "seconds": seconds,
-        "background_until_there": whole,
+        "until_there": whole,
         "bytes": {"deepspeed": size_of(plain), "gearshift": size_of(safe), "background": size_of(aside)},
     }
 
 
 def timed(
-    ways: dict[str, Callable[[], None]], later: Checkpoints, between: Callable[[], None], repeats: int, world: World
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each way until every rank goes on, in turn, after a warm-up of each; and of the background's until
-    the step is there. Each begins when the disk has nothing to do any more."""
+    ways: dict[str, Callable[[], None]],
+    checkpoints: dict[str, Checkpoints],
+    between: Callable[[], None],
+    repeats: int,
+    world: World,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each way until every rank goes on, in turn, after a warm-up of each; and of `checkpoints` until the
+    step is there. Each begins when the disk has nothing to do any more."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    whole = []
+    whole: dict[str, list[float]] = {name: [] for name in checkpoints}
     for turn in range(repeats + 1):
         for name, way in ways.items():
             if world.is_main:
@@ -139,14 +145,15 @@ def timed(
             way()
             dist.barrier()
             taken = time.perf_counter() - start
-            later.finish()
+            if name in checkpoints:
+                checkpoints[name].finish()
             dist.barrier()
             there = time.perf_counter() - start
             between()
             if turn:
                 seconds[name].append(taken)
-                if name == "background":
-                    whole.append(there)
+                if name in whole:
+                    whole[name].append(there)
     return seconds, whole
 
 
@@ -173,7 +180,8 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> None:
         size = found["bytes"].get(name)
         print(f"{name:<14}{statistics.median(seconds[name]):8.2f}{min(seconds[name]):8.2f}{max(seconds[name]):8.2f}"
               f"{ratios[name]:13.2f}{'' if size is None else f'{size / 2**20:10.1f}'}")  # fmt: skip
-    print(f"the background's step is there after {statistics.median(found['background_until_there']):.2f} s")
+    for name, times in found["until_there"].items():
+        print(f"{name}: the step is there after {statistics.median(times):.2f} s")
     found["ratios"] = ratios
     for name, goal in GOALS.items():
         holds = "holds" if ratios[name] <= goal else "MISSED"

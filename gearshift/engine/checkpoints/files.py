@@ -114,19 +114,26 @@ class DigestFile(io.RawIOBase):
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
 
-def write(path: Path, fill: Callable[[Any], Any]) -> dict[str, Any]:
-    """`fill(file)` writes a new file front to back; it is on the disk when this returns its manifest entry."""
+def begin(path: Path, fill: Callable[[Any], Any]) -> DigestFile:
+    """`fill(file)` writes a new file front to back; closing what this returns waits for the disk."""
     raw = DigestFile(path)
     buffered = io.BufferedWriter(raw, BUFFER_BYTES)
     try:
         fill(buffered)
         buffered.flush()
-        raw.close()
     except BaseException:
         # A buffer that could not be written is tried again when it is closed: the first error is the one to tell.
         with suppress(OSError):
             buffered.close()
         raise
+    buffered.detach()
+    return raw
+
+
+def write(path: Path, fill: Callable[[Any], Any]) -> dict[str, Any]:
+    """As `begin`; the file is on the disk when this returns its manifest entry."""
+    raw = begin(path, fill)
+    raw.close()
     return raw.entry
 
 

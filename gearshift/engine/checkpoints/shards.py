@@ -29,16 +29,18 @@ class Shards(CheckpointEngine):
     An error of the disk is kept in `error`, not raised: DeepSpeed's ranks would wait for each other. What comes after
     it is only counted: `bytes_needed` is what all files of this rank would have taken.
 
-    `later`: what is to be written is copied to host memory, and `write_all` writes it.
+    Nothing is on the disk, or in `written`, before `finish`. `copies`: what is to be written is copied there, and
+    `finish` writes it; None: it is written at once, and `finish` waits for the disk alone.
     """
 
-    def __init__(self, root: Path, later: bool = False):
+    def __init__(self, root: Path, copies: HostCopies | None = None):
         super().__init__()
-        self.root, self.later = root, later
+        self.root, self.copies = root, copies
         self.written: dict[str, dict[str, Any]] = {}
         self.bytes_needed = 0
         self.error: str | None = None
         self._waiting: list[Callable[[], None]] = []
+        self._open: list[files.DigestFile] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing: the writer makes the folder."""
@@ -51,35 +53,44 @@ class Shards(CheckpointEngine):
         return True
 
     def save(self, state_dict: Any, path: str) -> None:
-        state = on_host(state_dict) if self.later else state_dict
+        name = str(Path(path).relative_to(self.root))
+        state = state_dict if self.copies is None else self.copies.of(name, state_dict)
         self.write(Path(path), partial(_save, state), _bytes_of(state))
 
     def write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
         """One file of about `size` bytes, unless the disk refuses or has refused before."""
-        if self.later:
-            self._waiting.append(partial(self._write, path, fill, size))
-        else:
+        if self.copies is None:
             self._write(path, fill, size)
+        else:
+            self._waiting.append(partial(self._write, path, fill, size))
 
-    def write_all(self) -> None:
-        """What was put off, in its order; in a thread of its own, say. Each copy goes as soon as it is written."""
-        self._waiting.reverse()
+    def finish(self) -> None:
+        """Writes what was put off, and waits until all files are on the disk; in a thread of its own, say."""
         try:
-            while self._waiting:
-                self._waiting.pop()()
+            for work in self._waiting:
+                work()
+            for file in self._open:
+                self._close(file)
         except BaseException as error:  # nobody waits for a thread's exception, and half a step must not be committed
             self.error = self.error or f"{self.root}: cannot be written: {one_line(error, 120)}"
+        self._waiting, self._open = [], []
 
     def _write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
         self.bytes_needed += size
         if self.error:
             return
         try:
-            entry = files.write(path, fill)
+            self._open.append(files.begin(path, fill))
         except (OSError, RuntimeError) as error:  # torch wraps what a file raises
             self.error = f"{path}: cannot be written: {_cause(error)}"
-            return
-        self.written[str(path.relative_to(self.root))] = entry
+
+    def _close(self, file: files.DigestFile) -> None:
+        try:
+            file.close()
+        except OSError as error:
+            self.error = self.error or f"{file.path}: cannot be written: {_cause(error)}"
+        else:
+            self.written[str(file.path.relative_to(self.root))] = file.entry
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load(Path(path))
@@ -120,16 +131,33 @@ def load(path: Path, mmap: bool = False) -> Any:
         raise UserError(f"{path}: refused, nothing of it was run: {what}") from None
 
 
-def on_host(value: Any) -> Any:
-    """A nested state that nothing changes any more: its tensors copied to host memory, all else as it is now."""
+class HostCopies:
+    """Copies of nested states in host memory, which the next copy under the same name uses again."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, list[Tensor]] = {}
+
+    def of(self, name: str, state: Any) -> Any:
+        """The state as it is now: its tensors copied, all else as well; nothing changes it until the next call."""
+        now: list[Tensor] = []
+        copied = _copied(state, iter(self._tensors.get(name, [])), now)
+        self._tensors[name] = now
+        return copied
+
+
+def _copied(value: Any, before: Iterator[Tensor], now: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        held = next(before, None)
+        if held is None or held.shape != value.shape or held.dtype != value.dtype:
+            held = torch.empty(value.shape, dtype=value.dtype)
+        now.append(held.copy_(value.detach()))
+        return held
     if isinstance(value, dict):
         same = copy.copy(value)
-        same.update((name, on_host(inner)) for name, inner in value.items())
+        same.update((name, _copied(inner, before, now)) for name, inner in value.items())
         return same
     if type(value) in (list, tuple):
-        return type(value)(on_host(inner) for inner in value)
+        return type(value)(_copied(inner, before, now) for inner in value)
     return copy.deepcopy(value)
 
 

@@ -18,7 +18,7 @@ from gearshift.engine.checkpoints import files, reading, retention
 from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name
 from gearshift.engine.checkpoints.random_states import random_states, set_random_states
 from gearshift.engine.checkpoints.recutting import Recut
-from gearshift.engine.checkpoints.shards import Shards, load
+from gearshift.engine.checkpoints.shards import HostCopies, Shards, load
 from gearshift.engine.distributed import World
 from gearshift.errors import UserError
 
@@ -35,23 +35,25 @@ class Saved(Protocol):
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step whose files are written, or whose state is copied and whose files `thread` writes."""
+    """A step whose files `thread` brings to the disk."""
 
     aside: Path
     manifest: Manifest
     shards: Shards
-    thread: threading.Thread | None
+    thread: threading.Thread
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder that every rank sees. Every method is collective.
 
-    `background`: a save copies the state to host memory and returns; a thread writes, and the step is there once
-    `poll` or `finish` has found every rank's files written.
+    A save ends when nothing of the state is read any more: a thread waits for the disk, and the step is there once
+    `poll` or `finish` has found every rank's files on it. `background`: the state is only copied, to host memory that
+    stays, and the thread writes it.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, background: bool = False):
-        self.folder, self.world, self.keep, self.background = folder, world, keep, background
+        self.folder, self.world, self.keep = folder, world, keep
+        self._copies = HostCopies() if background else None
         self._begun: _Begun | None = None
         self._cleaning: threading.Thread | None = None
         self._not_removed: str | None = None
@@ -59,14 +61,15 @@ class Checkpoints:
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
     ) -> None:
-        """Writes the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
+        """Begins the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
 
-        Raises UserError on every rank when any rank cannot write, naming path and bytes; what was there before stays.
+        When any rank cannot write, `poll` or `finish` raise UserError on every rank, naming path and bytes; what was
+        there before stays.
         """
         self.finish()
         self._await_cleaning()
         aside = self.folder / f".{folder_name(manifest.step)}.writing"
-        shards = Shards(aside, later=self.background)
+        shards = Shards(aside, self._copies)
         shards.error = self._agreed(self._not_removed or self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
@@ -74,28 +77,21 @@ class Checkpoints:
             for path, content in (small_files or {}).items():
                 shards.write(aside / path, partial(_write_bytes, content), len(content))
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
-        thread = None
-        if self.background:
-            # A process that fails does not wait for it: what it has written counts for nothing without the rename.
-            thread = threading.Thread(target=shards.write_all, daemon=True)
-            thread.start()
-        self._begun = _Begun(aside, manifest, shards, thread)
-        if not self.background:
-            self.finish()
+        # A process that fails does not wait for it: what it has written counts for nothing without the rename.
+        self._begun = _Begun(aside, manifest, shards, threading.Thread(target=shards.finish, daemon=True))
+        self._begun.thread.start()
 
     def poll(self) -> None:
-        """The step that is being written is there from now on, if every rank has written its files. See `save`."""
-        thread = None if self._begun is None else self._begun.thread
-        if thread is not None and not self.world.max(thread.is_alive()):
+        """The step that was begun is there from now on, if every rank's files are on the disk. See `save`."""
+        if self._begun is not None and not self.world.max(self._begun.thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written, if anything is. See `save`."""
+        """Waits for the step that was begun, if one was. See `save`."""
         if self._begun is None:
             return
         begun, self._begun = self._begun, None
-        if begun.thread is not None:
-            begun.thread.join()
+        begun.thread.join()
         shards = begun.shards
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)

@@ -39,7 +39,9 @@ def saved_both_ways(
     files = {f"policy/{name}": content for name, content in small_files(model.module).items()}
     policy = {"init": init, "lora": lora and lora.model_dump()}
     manifest = dataclasses.replace(step_of(world, 2), config={"policy": policy})
-    Checkpoints(Path(folder), world, 2).save(manifest, {"policy": model}, files)
+    checkpoints = Checkpoints(Path(folder), world, 2)
+    checkpoints.save(manifest, {"policy": model}, files)
+    checkpoints.finish()
     with model.averaged():
         save_pretrained(model.module, Path(folder) / "saved", world, max_file_bytes=max_file_bytes)
         if lora is not None:

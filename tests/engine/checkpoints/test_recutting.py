@@ -78,7 +78,9 @@ def saved(world: World, init: str, folder: str) -> None:
     for way in WAYS:
         models = build(world, init, way)
         train(world, models, range(2))
-        Checkpoints(Path(folder) / way, world, 2).save(step_of(world, 2), models)
+        checkpoints = Checkpoints(Path(folder) / way, world, 2)
+        checkpoints.save(step_of(world, 2), models)
+        checkpoints.finish()
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,7 @@ def read_and_saved(world: World, init: str, folder: str, way: str) -> None:
     assert models["policy"].learning_rate == pytest.approx(1e-2 / 3 if way != "sgd" else 1e-2)
     again = Checkpoints(Path(folder) / f"{way} by {world.size}", world, 2)
     again.save(step_of(world, 2), models)
+    again.finish()
 
 
 @pytest.mark.parametrize("way", WAYS)

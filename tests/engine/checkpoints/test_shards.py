@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gearshift.engine.checkpoints.random_states import random_states, set_random_states
-from gearshift.engine.checkpoints.shards import Shards, load
+from gearshift.engine.checkpoints.shards import HostCopies, Shards, load
 from gearshift.errors import UserError
 
 
@@ -50,6 +50,8 @@ def test_what_is_written_is_what_the_manifest_says_and_reads_back(tmp_path: Path
     shards = Shards(tmp_path)
     state = {"a": torch.randn(300_000), "b": [1, None, "x"], "c": (torch.float32, torch.Size([2]))}
     shards.save(state, str(tmp_path / "a.pt"))
+    assert shards.written == {}
+    shards.finish()
     read = shards.load(str(tmp_path / "a.pt"))
     assert torch.equal(read["a"], state["a"])
     assert (read["b"], read["c"]) == (state["b"], state["c"])
@@ -66,33 +68,46 @@ def test_an_error_of_the_disk_is_kept_and_the_rest_counted(tmp_path: Path) -> No
     shards = Shards(tmp_path)
     for name in ("missing/a.pt", "b.pt"):
         shards.save(torch.zeros(10), str(tmp_path / name))
+    shards.finish()
     assert shards.error == f"{tmp_path}/missing/a.pt: cannot be written: No such file or directory"
     assert shards.bytes_needed == 80
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_put_off_is_what_it_was(tmp_path: Path) -> None:
+def test_a_copy_is_what_the_state_was(tmp_path: Path) -> None:
+    """Also the next one, which lies where the first did; and one of another shape, which does not fit there."""
     weights, counts = torch.arange(6.0).view(2, 3).t(), {"step": 1}
     state = OrderedDict(weights=weights, more=[counts, (weights, torch.Size([2]))])
-    now, later = Shards(tmp_path / "now"), Shards(tmp_path / "later", later=True)
-    for shards in (now, later):
-        shards.root.mkdir()
-        shards.save(state, str(shards.root / "a.pt"))
-    assert list(later.root.iterdir()) == []
-    weights += 1
-    counts["step"] = 2
-    later.write_all()
-    one, other = (load(tmp_path / name / "a.pt") for name in ("now", "later"))
-    assert str(one) == str(other)
-    assert "'step': 1" in str(other)
-    assert [set(shards.written) for shards in (now, later)] == [{"a.pt"}] * 2
+    copies = HostCopies()
+    for number, rows in enumerate((3, 3, 2)):
+        state["weights"] = weights[:rows]
+        now, later = Shards(tmp_path / f"now-{number}"), Shards(tmp_path / f"later-{number}", copies)
+        for shards in (now, later):
+            shards.root.mkdir()
+            shards.save(state, str(shards.root / "a.pt"))
+        assert list(later.root.iterdir()) == []
+        weights += 1
+        counts["step"] += 1
+        for shards in (now, later):
+            shards.finish()
+        one, other = (load(shards.root / "a.pt") for shards in (now, later))
+        assert str(one) == str(other)
+        assert f"'step': {number + 1}" in str(other)
+        assert [set(shards.written) for shards in (now, later)] == [{"a.pt"}] * 2
+
+
+def test_host_memory_is_used_again() -> None:
+    copies, state = HostCopies(), {"a": torch.zeros(5)}
+    first, second = copies.of("x", state), copies.of("x", state)
+    assert first["a"].data_ptr() == second["a"].data_ptr() != state["a"].data_ptr()
+    assert copies.of("y", state)["a"].data_ptr() != first["a"].data_ptr()
 
 
 def test_whatever_stops_what_was_put_off_is_an_error(tmp_path: Path) -> None:
-    shards = Shards(tmp_path, later=True)
+    shards = Shards(tmp_path, HostCopies())
     shards.write(tmp_path / "a", lambda file: [][0], 1)
     shards.save(torch.zeros(3), str(tmp_path / "b.pt"))
-    shards.write_all()
+    shards.finish()
     assert shards.error == f"{tmp_path}: cannot be written: IndexError: list index out of range"
     assert shards.written == {}
 

@@ -72,6 +72,7 @@ def interrupted(
     train(world, models, range(2))
     checkpoints.save(step_of(world, 2), models)
     whole = train(world, models, range(2, 5))
+    checkpoints.finish()
     again = build(world, init, dtype, lora)
     step, problems = checkpoints.newest(refuse_damaged=True)
     assert problems == []
@@ -82,24 +83,29 @@ def interrupted(
     return whole, resumed, same(masters(models), masters(again))
 
 
-def trained_meanwhile(world: World, init: str, folder: str) -> tuple[list[bool], list[float], list[float], bool]:
-    """Five steps, the second of them written in the background until the fifth is done; three more from there.
+def trained_meanwhile(
+    world: World, init: str, folder: str, background: bool
+) -> tuple[list[bool], list[float], list[float], bool]:
+    """Five steps, the second of them on its way to the disk until the fifth is done; three more from there.
 
     Whether the step was there: after a poll while it was being written, and after one when it had been.
     """
     models = build(world, init, torch.float32)
-    checkpoints, done = Checkpoints(Path(folder), world, 2, background=True), threading.Event()
+    checkpoints, done = Checkpoints(Path(folder), world, 2, background), threading.Event()
+    checkpoints.save(step_of(world, 1), models)  # so that copies are made where others lie
+    checkpoints.close()
     train(world, models, range(2))
-    files.hook = lambda operation, path: None if operation == "folder" else _wait(done)
+    before = ("folder",) if background else ("folder", "create", "write")
+    files.hook = lambda operation, path: None if operation in before else _wait(done)
     checkpoints.save(step_of(world, 2), models)
     whole = train(world, models, range(2, 5))
     there = []
     checkpoints.poll()
-    there.append(bool(steps(Path(folder))))
+    there.append(steps(Path(folder)) == [1, 2])
     done.set()
     checkpoints.finish()
     files.hook = None
-    there.append(bool(steps(Path(folder))))
+    there.append(steps(Path(folder)) == [1, 2])
     again = build(world, init, torch.float32)
     checkpoints.load(checkpoints.newest(refuse_damaged=True)[0], again)
     return there, whole, train(world, again, range(2, 5)), same(masters(models), masters(again))
@@ -109,9 +115,12 @@ def _wait(done: threading.Event) -> None:
     assert done.wait(timeout=100)
 
 
-def test_steps_are_taken_while_one_is_written(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
-    """What is written is what was there when the save began."""
-    for there, whole, resumed, equal in two_ranks.run(trained_meanwhile, model, str(tmp_path)):
+@pytest.mark.parametrize("background", [False, True])
+def test_steps_are_taken_while_one_is_written(
+    two_ranks: WorkerGroup, model: str, tmp_path: Path, background: bool
+) -> None:
+    """What is written is what was there when the save began: of a step that waits for the disk, and of a copy."""
+    for there, whole, resumed, equal in two_ranks.run(trained_meanwhile, model, str(tmp_path), background):
         assert there == [False, True]
         assert whole == resumed
         assert equal
@@ -123,6 +132,7 @@ def started_again(world: World, init: str, folder: str) -> list[int]:
     for step in (20, 3):
         checkpoints.clear()
         checkpoints.save(step_of(world, step), models)
+        checkpoints.close()
     return steps(Path(folder))
 
 
@@ -193,7 +203,9 @@ def test_every_rank_tells_what_one_could_not_write(
 def save_one(world: World, init: str, folder: str) -> None:
     models = build(world, init, torch.float32)
     train(world, models, range(1))
-    Checkpoints(Path(folder), world, 2).save(step_of(world, 1), models)
+    checkpoints = Checkpoints(Path(folder), world, 2)
+    checkpoints.save(step_of(world, 1), models)
+    checkpoints.finish()
 
 
 def refused(world: World, init: str, steps: list[Path]) -> list[tuple[str, bool]]:
