@@ -75,7 +75,9 @@ def _on_each(hosts: Sequence[str], words: list[str], ssh_port: str | None) -> Ma
             )
         except subprocess.TimeoutExpired:
             return Answer(_UNREACHABLE, "", "no answer within 30 s")
-        return Answer(done.returncode, done.stdout.decode().strip(), done.stderr.decode(errors="replace"))
+        # The last line: before it, a login shell may have said something of its own.
+        said = (done.stdout.decode(errors="replace").strip().splitlines() or [""])[-1]
+        return Answer(done.returncode, said, done.stderr.decode(errors="replace"))
 
     with ThreadPoolExecutor(max_workers=64) as pool:
         return dict(zip(hosts, pool.map(ask, hosts), strict=True))
