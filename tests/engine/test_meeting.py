@@ -12,7 +12,7 @@ from gearshift.engine import World
 from gearshift.engine.endings import code_of_the_first, is_lost_connection, may_speak, own_store
 from gearshift.engine.meeting import CONFIG, Card, Meeting, interface_towards, meet, what_is_wrong
 from gearshift.errors import Told, UserError
-from tests.worker_group import WorkerGroup, _free_port
+from tests.worker_group import WorkerGroup, free_port
 
 KEPT: list[Meeting] = []
 MAKE = {"torch": "2.13", "the SHA-256 of gearshift/a.py": "aa"}
@@ -68,18 +68,18 @@ def met(world: World, port: int, facts: list[dict[str, str]], comes: bool, secon
 
 
 def test_ranks_meet(two_ranks: WorkerGroup) -> None:
-    assert two_ranks.run(met, _free_port(), [MAKE, MAKE], True, 20.0) == [["h0", "h1"]] * 2
+    assert two_ranks.run(met, free_port(), [MAKE, MAKE], True, 20.0) == [["h0", "h1"]] * 2
 
 
 def test_rank_0_says_what_differs(two_ranks: WorkerGroup) -> None:
-    (kind, said, _), (other, told, _) = two_ranks.run(met, _free_port(), [MAKE, {"torch": "1"}], True, 20.0)
+    (kind, said, _), (other, told, _) = two_ranks.run(met, free_port(), [MAKE, {"torch": "1"}], True, 20.0)
     assert (kind, other) == (UserError, Told)
     assert said == told
     assert said.startswith("h0 and h1 differ: torch is 2.13 on h0, 1 on h1")
 
 
 def test_a_rank_that_does_not_come(two_ranks: WorkerGroup) -> None:
-    (_, said, seconds), _ = two_ranks.run(met, _free_port(), [MAKE, MAKE], False, 1.0)
+    (_, said, seconds), _ = two_ranks.run(met, free_port(), [MAKE, MAKE], False, 1.0)
     assert said.startswith("rank 1 of 2 of far did not come within 1 s (run.join_seconds): ")
     assert 1 <= seconds < 10
 
