@@ -17,6 +17,10 @@ class SettingError(UserError):
         self.field, self.problem = field, problem
 
 
+class EveryRank(UserError):
+    """Raised on every rank alike, so that what takes all of them can still be done."""
+
+
 class Told(UserError):
     """A mistake that another rank says aloud: this one ends without a word."""
 

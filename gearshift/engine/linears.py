@@ -27,7 +27,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        dx = None if weight is None else (rows @ weight).view(*gradient.shape[:-1], -1)
+        dx = None if weight is None else (rows @ weight).view(*gradient.shape[:-1], weight.shape[1])
         dweight = None if x is None else rows.t() @ x.reshape(-1, x.shape[-1])
         return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
 

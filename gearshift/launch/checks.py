@@ -85,6 +85,7 @@ def _check_choice(config: SftConfig) -> None:
         for field, unread in (
             ("reward.init", config.reward.init is not None),
             ("reward.chat_template", config.reward.chat_template),
+            ("reward.offload", config.reward.offload),
             ("rollout", config.rollout != RolloutSettings()),
         ):
             if unread:

@@ -16,16 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine.checkpoints.reading import steps
+from gearshift.engine.checkpoints.reading import POINTER, steps
 from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.errors import UserError
 from gearshift.launch.devices import visible_gpus
 from gearshift.launch.environment import adopt_launcher
 from gearshift.launch.hostfile import read_hostfile, selected
 from gearshift.launch.overrides import Arguments, parse_arguments
-from gearshift.launch.processes import PAUSED, OneHost, free_port, run_to_end
-from gearshift.launch.rank import USER_ERROR, run_rank
+from gearshift.launch.processes import ENDING, PAUSED, USER_ERROR, OneHost, free_port, run_to_end
+from gearshift.launch.rank import run_rank
 from gearshift.rlhf.settings import Config
+from gearshift.rlhf.signals import STOP_FILE
 
 # The programs by which a launcher is known to be there.
 PROGRAMS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("ompi_info", "ssh"), "slurm": ("sinfo",)}
@@ -73,23 +74,36 @@ def launch(command: str, arguments: Arguments) -> int:
         devices = visible_gpus()
         ranks = _ranks_here(arguments, config, devices)
         load(command, arguments.config, arguments.overrides, ranks=ranks)
+    folder = Path(config.run.folder)
+    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
+    before = _checkpoints_in(folder)
     for left in range(arguments.max_restarts, -1, -1):
         if arguments.hostfile:
             code = _run_on_hosts(command, arguments, config, hosts, environment)
         else:
             code = _run_here(command, arguments, ranks, devices, environment)
-        if code in (0, USER_ERROR, PAUSED, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+        if code in (0, USER_ERROR, PAUSED, *(128 + number for number in ENDING)):
             return code
         print(f"gearshift {command}: the processes ended with {_meaning(code)}", file=sys.stderr)
+        if left and (folder / STOP_FILE).exists():
+            print(f"gearshift {command}: {folder / STOP_FILE} is there: not starting again", file=sys.stderr)
+            return code
         if left:
-            arguments = _again(arguments, Path(config.run.folder))
+            arguments = _again(arguments, folder, before)
             print(f"gearshift {command}: starting again, {left - 1} more times at most", file=sys.stderr)
     return code
 
 
-def _again(arguments: Arguments, run_folder: Path) -> Arguments:
-    """The same, from the newest checkpoint; from the start while there is none."""
-    if not steps(run_folder / FOLDER):
+def _checkpoints_in(run_folder: Path) -> tuple[list[int], int]:
+    """The steps that are there, and when the pointer was last moved."""
+    pointer = run_folder / FOLDER / POINTER
+    return steps(run_folder / FOLDER), pointer.stat().st_mtime_ns if pointer.exists() else 0
+
+
+def _again(arguments: Arguments, run_folder: Path, before: tuple[list[int], int]) -> Arguments:
+    """The same, from the newest checkpoint; as it was started while it has none of its own beside those of `before`."""
+    now = _checkpoints_in(run_folder)
+    if now == before or not now[0]:
         return arguments
     rest = [(key, value) for key, value in arguments.overrides if key != "checkpoint.resume"]
     return dataclasses.replace(arguments, overrides=[*rest, ("checkpoint.resume", "auto")])
@@ -177,7 +191,6 @@ def _run_on_hosts(
     environment: Mapping[str, str],
 ) -> int:
     from gearshift.launch.hosts import SeveralHosts, first_address
-    from gearshift.rlhf.signals import STOP_FILE
 
     options, names = arguments.launcher, list(hosts)
     launcher = options.get("launcher", "pdsh").lower()
@@ -186,7 +199,6 @@ def _run_on_hosts(
         address, port = first_address(names, options.get("ssh_port"), int(options.get("master_port", 0)))
     address = options.get("master_addr", address)
     folder = Path(config.run.folder)
-    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
     saves = hasattr(config, "checkpoint") and bool(config.checkpoint.every)
     job = SeveralHosts(folder, saves, names, options.get("ssh_port"), address, port, by_ssh=launcher == "pdsh")
     words = hosts_command(command, arguments, names, address, port)

@@ -14,7 +14,7 @@ from gearshift.engine.folder import config_number
 from gearshift.engine.plans import plan_for
 from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
-from gearshift.launch.resume_checks import check_resume, check_start
+from gearshift.launch.resume_checks import check_held, check_resume, check_start
 from gearshift.rlhf.compare_settings import SystemSettings
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, SftConfig, names_function
 
@@ -38,6 +38,7 @@ def check_run_folder(config: Config) -> None:
     folder = Path(config.run.folder)
     _check_finished(config, folder)
     if isinstance(config, PretrainConfig | PpoConfig):
+        check_held(config)
         if config.checkpoint.resumes:
             check_resume(config)
         else:

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+USER_ERROR = 2
 PAUSED = 75  # EX_TEMPFAIL: a signal came, the run was saved, --resume auto goes on with it
+
+# Signals that end a run.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class OneHost:
@@ -56,8 +60,9 @@ def _stop(process: subprocess.Popen[bytes], number: int, job: OneHost) -> int:
     if number in (signal.SIGTERM, signal.SIGUSR1) and job.ask_to_save(process):
         with _signals_raise():
             try:
-                if process.wait() == PAUSED:
-                    return PAUSED
+                code = process.wait()
+                if code in (0, PAUSED, USER_ERROR):  # it had come to its own end meanwhile
+                    return code
                 job.clean_up()
                 return 128 + number
             except _Stopped as again:
@@ -95,9 +100,8 @@ def _signals_raise() -> Iterator[None]:
             stopping = True
             raise _Stopped(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     # What is ignored stays ignored (nohup).
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, stop) for number in ENDING if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 from gearshift.errors import Paused, Told, UserError
 from gearshift.launch.environment import prepare_environment
 from gearshift.launch.overrides import Arguments
-from gearshift.launch.processes import PAUSED
+from gearshift.launch.processes import PAUSED, USER_ERROR
 
 # Seconds. DeepSpeed's launcher looks once a second for a process that failed, and then ends the others.
 LAUNCHER_POLL = 1.0
-USER_ERROR, CRASH = 2, 1
+CRASH = 1
 
 
 def run_rank(command: str, arguments: Arguments, stage: Callable[[Any], None]) -> NoReturn:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name
+from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name, step_of
 from gearshift.engine.checkpoints.reading import steps
 from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.errors import SettingError, UserError
@@ -21,6 +21,7 @@ def check_resume(config: PretrainConfig | PpoConfig) -> None:
     if resume != "auto":
         if not (Path(str(resume)) / NAME).is_file():
             raise SettingError("checkpoint.resume", f"{resume} is no checkpoint: it has no {NAME}")
+        _check_place(Path(str(resume)).resolve(), folder.resolve())
         require_same_run(_read(Path(str(resume))), config)
         return
     if not steps(folder):
@@ -32,6 +33,32 @@ def check_resume(config: PretrainConfig | PpoConfig) -> None:
             continue
         require_same_run(manifest, config)
         return
+
+
+def _check_place(step: Path, folder: Path) -> None:
+    """A run goes on in its own folder, or in one where no other run's checkpoints would be taken for its own."""
+    if step.parent != folder:
+        if steps(folder):
+            raise SettingError(
+                "run.folder", f"{folder} holds checkpoints of another run than {step}: choose a new run.folder"
+            )
+    elif step_of(step.name) is None:
+        raise SettingError(
+            "checkpoint.resume",
+            f"{step} has another name than a step's: call it {folder_name(Manifest.read(step).step)}",
+        )
+
+
+def check_held(config: PretrainConfig | PpoConfig) -> None:
+    """Raises SettingError where a part of the state would not be in the checkpoints."""
+    zero = config.deepspeed.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if config.checkpoint.every and isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise SettingError(
+            "checkpoint.every",
+            "optimizer state on NVMe lies in files that a checkpoint does not hold: set it to 0, or "
+            "deepspeed.zero_optimization.offload_optimizer.device: cpu",
+        )
 
 
 def check_start(config: PretrainConfig | PpoConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gearshift.engine import Episodes, Rows, World
-from gearshift.errors import NotFinite, UserError
+from gearshift.errors import EveryRank, NotFinite
 
 FOLDER = "stopped"
 _CHECKED = ("scores", "logprobs", "ref_logprobs", "values", "advantages")
@@ -34,7 +34,7 @@ def require_finite(episodes: Episodes, world: World) -> None:
 
 @contextmanager
 def stopping(folder: str, step: str, batch: Rows, world: World) -> Iterator[None]:
-    """A NotFinite in here becomes a UserError that begins with `step` ("iteration 3"); the batch is written out.
+    """A NotFinite in here becomes an EveryRank that begins with `step` ("iteration 3"); the batch is written out.
 
     Every rank writes its own rows, to `folder`/stopped/: a file of tensors that `torch.load` reads.
     """
@@ -44,7 +44,7 @@ def stopping(folder: str, step: str, batch: Rows, world: World) -> Iterator[None
         path = Path(folder) / FOLDER / f"{step.replace(' ', '-')}-rank-{world.rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}, path)
-        raise UserError(f"{step}: {error}; the batch is in {path.parent}/") from None
+        raise EveryRank(f"{step}: {error}; the batch is in {path.parent}/") from None
 
 
 def _listed(what: str, numbers: list[int]) -> str:

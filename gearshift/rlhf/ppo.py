@@ -19,7 +19,7 @@ from gearshift.engine import (
     watchdog,
 )
 from gearshift.engine.zero import ZeroModel
-from gearshift.errors import UserError
+from gearshift.errors import EveryRank
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import Best
 from gearshift.rlhf.data.batches import collate_text
@@ -174,7 +174,7 @@ class Ppo:
         """|rollout − training forward| log-prob, nats: over all rows where `trained` has the latter, else over the
         first micro-batch of every rank. Collective.
 
-        The largest in fp32, where the two differ by rounding alone; the mean in bf16. Raises UserError past
+        The largest in fp32, where the two differ by rounding alone; the mean in bf16. Raises EveryRank past
         `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
         """
         some = rollouts
@@ -187,7 +187,7 @@ class Ppo:
         gap = self.world.max(float(gaps.max() if exact else gaps.mean()))
         limit = self.config.rollout.gap_limit("fp32" if exact else "bf16")
         if not gap <= limit:
-            raise UserError(
+            raise EveryRank(
                 f"rollout.logprob_gap_limit: rollout and training log-probs differ by {gap:.3g} nats, limit {limit:.3g}"
             )
         return gap
@@ -262,7 +262,7 @@ def ppo(config: PpoConfig, report: Report) -> None:
     parts: dict[str, Stateful] = {**data.cursors, "kl": run.kl, "scores": run.shaper, "best": best}
     saver = Saver(config, world, report, trained, parts, data.tokenizer)
     report.start([f"policy       {run.policy.parameters_total:,} parameters"], iterations, saver.done)
-    with watchdog.watching(world, config.run.hang_seconds):
+    with watchdog.watching(world, config.run.hang_seconds), saver.running():
         for number in range(saver.done + 1, iterations + 1):
             before = run.validate() if number == 1 and every > 1 else {}
             metrics, found = run.iteration(number), {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.engine.checkpoints.writing import Checkpoints, versions
 from gearshift.engine.saving import small_files
 from gearshift.engine.zero import ZeroModel
-from gearshift.errors import Paused, UserError
+from gearshift.errors import EveryRank, Paused, UserError
 from gearshift.rlhf.differences import command_of, require_same_run, what_differs
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.settings import PpoConfig, PretrainConfig
@@ -60,6 +61,8 @@ class Saver:
         """
         every = self.config.checkpoint.every
         self.checkpoints.poll()
+        if self.checkpoints.not_removed:
+            self.report.say(f"checkpoints  {self.checkpoints.not_removed}: tried again after the next save")
         came = self._signals.on_any_rank(self.world) if self._signals else 0
         if every and (came or step % every == 0):
             self.save(step, score)
@@ -67,6 +70,15 @@ class Saver:
             with watchdog.phase("saving"):
                 self.checkpoints.close()
             raise Paused(f"saved after step {step} at {signal.Signals(came).name}: go on with --resume auto")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all steps: an error that every rank raises leaves what was saved before it."""
+        try:
+            yield
+        except EveryRank:
+            self.checkpoints.close()
+            raise
 
     def close(self) -> None:
         """Nothing more is saved: the run is at its end. Collective."""

@@ -19,7 +19,7 @@ STOP_FILE = "stop"
 
 
 class StopSignals:
-    """Notes the first such signal of this process. A second SIGTERM ends it at once, as without this."""
+    """Notes the first such signal of this process. A SIGTERM after it ends it at once, as without this."""
 
     def __init__(self, run_folder: Path) -> None:
         self.noted = 0

@@ -37,7 +37,7 @@ def fit(
     `saver` is, which saves it as it goes.
     """
     found: dict[str, float] = {}
-    with watchdog.watching(model.world, saver.config.run.hang_seconds):
+    with watchdog.watching(model.world, saver.config.run.hang_seconds), saver.running():
         for step in range(saver.done + 1, steps + 1):
             metrics = _step(model, loss, next(batches), step, saver.config.run.folder)
             validated = step == steps or bool(validate_every and step % validate_every == 0)

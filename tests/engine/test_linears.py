@@ -17,9 +17,10 @@ def passes(layer: nn.Linear, x: Tensor) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trains", [True, False])
-def test_it_computes_what_torch_computes(bias: bool, trains: bool) -> None:
+@pytest.mark.parametrize("shape", [(2, 3), (0,), (4,), ()])
+def test_it_computes_what_torch_computes(bias: bool, trains: bool, shape: tuple[int, ...]) -> None:
     layer = nn.Linear(7, 5, bias=bias).requires_grad_(trains)
-    x = torch.randn(2, 3, 7)
+    x = torch.randn(*shape, 7)
     own = passes(layer, x)
     layer.zero_grad()
     bind_linears(layer)

@@ -18,6 +18,7 @@ from gearshift.launch import environment as environment_of_ranks
 from gearshift.launch.environment import adopt_launcher, prepare_environment
 from gearshift.launch.overrides import Arguments, parse_arguments
 from gearshift.launch.processes import free_port
+from tests.engine.checkpoints.steps import write_step
 
 from .conftest import example, write
 
@@ -108,6 +109,55 @@ def test_what_is_said_of_an_exit_code(
     assert launcher.run_command("ppo", [write(example("ppo"))], lambda config: None) == code
     expected = f"gearshift ppo: the processes ended with {says}\n" if says else ""
     assert capsys.readouterr().err == expected
+
+
+def started_by(
+    here: Path, monkeypatch: pytest.MonkeyPatch, codes: list[int], *words: str, meanwhile: Any = None
+) -> tuple[int, list[list[tuple[str, str]]]]:
+    """The exit code of `gearshift ppo`, and the overrides of each start, where the processes end with `codes`."""
+    starts: list[list[tuple[str, str]]] = []
+
+    def run(command: str, arguments: Arguments, *more: Any) -> int:
+        starts.append(arguments.overrides)
+        if meanwhile is not None:
+            meanwhile(len(starts))
+        return codes[len(starts) - 1]
+
+    monkeypatch.setattr(launcher, "_run_here", run)
+    code = launcher.launch("ppo", parse_arguments([write(example("ppo")), *words]))
+    return code, starts
+
+
+@pytest.mark.parametrize("code", [0, 2, 75, *(128 + int(number) for number in (1, 2, 10, 15))])
+def test_what_is_not_started_again(here: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A run that is done, mistaken or stopped from outside."""
+    found, starts = started_by(here, monkeypatch, [code], "--max-restarts", "3")
+    assert (found, len(starts)) == (code, 1)
+
+
+def test_it_starts_again_from_its_own_checkpoints_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--resume never with an earlier run's there: until it has saved itself, it starts as it was told to."""
+    write_step(Path("runs/ppo/checkpoints"), 20)
+
+    def saved(start: int) -> None:
+        if start == 2:
+            write_step(Path("runs/ppo/checkpoints"), 4)
+
+    words = ("--resume", "never", "--max-restarts", "3")
+    code, starts = started_by(here, monkeypatch, [137, 137, 0], *words, meanwhile=saved)
+    assert code == 0
+    assert [dict(start)["checkpoint.resume"] for start in starts] == ["never", "never", "auto"]
+
+
+def test_a_file_that_asks_for_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an earlier run it is forgotten; left while the processes died, it keeps them from starting again."""
+    stop = Path("runs/ppo/stop")
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    code, starts = started_by(here, monkeypatch, [137, 0], "--max-restarts", "3")
+    assert (code, len(starts)) == (0, 2)
+    code, starts = started_by(here, monkeypatch, [137, 0], "--max-restarts", "3", meanwhile=lambda start: stop.touch())
+    assert (code, len(starts)) == (137, 1)
 
 
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

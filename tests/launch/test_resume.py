@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,28 @@ def test_another_run_is_refused_and_a_damaged_manifest_passed_over(here: Path) -
     flip(last / NAME)
     assert problem(config_of(), "auto") == ""  # the ranks tell it, and take step 5
     assert "manifest.json: is damaged" in problem(config_of(), str(last))
+
+
+def test_a_step_of_another_folder_goes_where_no_others_are(here: Path) -> None:
+    """Beside newer steps of another run its own would be removed as old ones, or taken for theirs."""
+    there = saved_step(5)
+    other = Path("elsewhere") / there.name
+    shutil.copytree(there, other)
+    assert "holds checkpoints of another run than" in problem(config_of(), str(other))
+    shutil.rmtree(CHECKPOINTS)
+    assert problem(config_of(), str(other)) == ""
+
+
+def test_a_step_keeps_its_name(here: Path) -> None:
+    step = saved_step(5)
+    renamed = step.rename(step.with_name("good"))
+    assert "good has another name than a step's: call it step-00000005" in problem(config_of(), str(renamed))
+
+
+def test_state_that_no_checkpoint_would_hold(here: Path) -> None:
+    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    config = write({**example("ppo"), "deepspeed": nvme, "ppo": {**example("ppo")["ppo"], "ema": None}})
+    assert "checkpoint.every: optimizer state on NVMe lies in files" in problem(config, None)
 
 
 def test_metrics_go_on_from_the_step_that_is_resumed(here: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from gearshift.engine import World
 from gearshift.engine.checkpoints.manifest import Manifest
-from gearshift.errors import Paused, UserError
+from gearshift.engine.checkpoints.reading import steps
+from gearshift.engine.zero import ZeroModel
+from gearshift.errors import NotFinite, Paused, UserError
 from gearshift.launch.config import validate
 from gearshift.rlhf.language import pretrain, sft
 from gearshift.rlhf.reporting import Report
@@ -81,6 +83,33 @@ def test_a_resumed_stage_is_the_same_stage(two_ranks: WorkerGroup, tmp_path: Pat
     if command == "sft":
         assert manifest.state["best"] == {"step": SAVED, "score": manifest.score}
         assert any(f"the model of step {SAVED} is not in {tmp_path / 'again/best'}" in line for line in report.lines)
+
+
+def diverging(world: World, values: dict[str, Any], at: int) -> tuple[str, list[int]]:
+    """SFT whose loss is not finite in step `at`, right after a save; what it says, and the steps that are there."""
+    accumulate, calls = ZeroModel.accumulate, iter(range(1, at))
+
+    def fails(self: ZeroModel, *args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise NotFinite("the loss is nan")
+        return accumulate(self, *args, **kwargs)
+
+    ZeroModel.accumulate = fails  # type: ignore[method-assign]
+    try:
+        sft(validate("sft", values), Recorder())  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error), steps(Path(values["run"]["folder"]) / "checkpoints")
+    finally:
+        ZeroModel.accumulate = accumulate  # type: ignore[method-assign]
+    return "went on", []
+
+
+def test_what_was_saved_before_a_loss_that_is_not_finite_is_there(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    values = changed(stage_values("sft", tmp_path / "data"), checkpoint={"every": 1, "background": False})
+    for told, there in two_ranks.run(diverging, values, 3):
+        assert told.startswith("step 3: the loss is nan; the batch is in ")
+        assert there == [1, 2]
 
 
 def signalled(world: World, values: dict[str, Any], at: int) -> str:

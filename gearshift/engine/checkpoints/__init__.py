@@ -6,6 +6,6 @@
     checkpoints/step-00000012/ranks/...     random states of each rank
 
 `files` does what is done to files, `manifest` describes a step, `reading` finds the one to go on from, `retention`
-removes old ones, `shards` is DeepSpeed's way to its files, `writing` puts a step together. The last two
-alone need torch.
+removes old ones: these need no torch. `shards` is DeepSpeed's way to its files, `recutting` the same for other ranks
+than wrote them, `writing` puts a step together, `exporting` makes a model's folder of it.
 """

@@ -6,8 +6,8 @@ import ctypes
 import hashlib
 import io
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ class DigestFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         _before("write", self.path)
         piece = memoryview(data).cast("B")[:BEGIN_BYTES]  # the caller comes again with the rest
-        written = int(self._file.write(piece))
+        with self._named():
+            written = int(self._file.write(piece))
         self._digest.update(piece[:written])
         self.size += written
         if self.size - self._begun >= BEGIN_BYTES:
@@ -103,10 +104,19 @@ class DigestFile(io.RawIOBase):
             return
         try:
             _before("flush", self.path)
-            os.fsync(self._file.fileno())
+            with self._named():
+                os.fsync(self._file.fileno())
         finally:
             self._file.close()
             super().close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the disk names the file, which those of an open file do not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ a group of parameters lie one after another in a flat tensor, and so do the grou
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ _RANK = re.compile(r"zero_pp_rank_\d+_")
 
 def recut(shard: Callable[[int], Tensor], old: int, numel: int, rank: int, ranks: int) -> Tensor:
     """Rank `rank`'s flat shard of a parameter, from those of `old` ranks (`shard(r)`: of one, called where needed)."""
-    before, size = -(-numel // old), -(-numel // ranks)
+    before, size = max(1, -(-numel // old)), -(-numel // ranks)
     low, high = min(numel, rank * size), min(numel, (rank + 1) * size)
     parts = []
     for number in range(low // before, -(-high // before)):
@@ -120,7 +121,10 @@ class Recut(Shards):
         flat = [key for key, value in first[0].items() if torch.is_tensor(value) and value.dim() == 1]
         cut = {key: self._groups(path.parent, of(key)) for key in flat}
         counts = {key: value for key, value in first[0].items() if key not in cut}
-        return {group: counts | {key: cut[key][group] for key in flat} for group in range(len(self._now))}
+        # Counts are cloned: each group's is stepped by itself, and nothing may hold on to the mapped file.
+        return {
+            group: copy.deepcopy(counts) | {key: cut[key][group] for key in flat} for group in range(len(self._now))
+        }
 
     def _groups(self, folder: Path, flats: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
         """The flat tensor of each group as there are now. `flats(rank)`: those that a rank has written."""

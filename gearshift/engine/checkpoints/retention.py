@@ -25,13 +25,13 @@ def best(folder: Path) -> int | None:
     return max(scores)[1] if scores else None
 
 
-def purge(folder: Path, keep: int) -> None:
-    """Leaves the `keep` newest steps and the best one. Call it after a step is complete, which is then the newest.
+def purge(folder: Path, keep: int, written: int) -> None:
+    """Leaves the `keep` newest steps, the best one, and step `written`, the one that has just been completed.
 
     A step that goes is renamed, so that none is ever half there under its name; `remove_left_behind` removes it.
     """
     found = steps(folder)
-    kept = {*found[-keep:], best(folder)}
+    kept = {*found[-keep:], best(folder), written}
     for step in found:
         if step not in kept:
             files.rename(folder / folder_name(step), folder / f".{folder_name(step)}.old")
@@ -50,7 +50,7 @@ def set_aside(folder: Path, chosen: Path) -> None:
 
     The pointer moves first: whenever this stops, the newest whole step is there.
     """
-    newer = [step for step in steps(folder) if folder_name(step) > chosen.name]
+    newer = [step for step in steps(folder) if step > Manifest.read(chosen).step]
     files.replace_text(folder / POINTER, chosen.name + "\n")
     for step in newer:
         aside = folder / f".{folder_name(step)}.aside"

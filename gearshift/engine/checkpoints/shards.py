@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,11 @@ class Shards(CheckpointEngine):
                 self._close(file)
         except BaseException as error:  # nobody waits for a thread's exception, and half a step must not be committed
             self.error = self.error or f"{self.root}: cannot be written: {one_line(error, 120)}"
-        self._waiting, self._open = [], []
+        finally:
+            for file in self._open:
+                with suppress(OSError):
+                    file.close()
+            self._waiting, self._open = [], []
 
     def _write(self, path: Path, fill: Callable[[Any], Any], size: int) -> None:
         self.bytes_needed += size

@@ -56,7 +56,7 @@ class Checkpoints:
         self._copies = HostCopies() if background else None
         self._begun: _Begun | None = None
         self._cleaning: threading.Thread | None = None
-        self._not_removed: str | None = None
+        self.not_removed: str | None = None  # what the disk says against removing older steps, on rank 0
 
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
@@ -70,7 +70,7 @@ class Checkpoints:
         self._await_cleaning()
         aside = self.folder / f".{folder_name(manifest.step)}.writing"
         shards = Shards(aside, self._copies)
-        shards.error = self._agreed(self._not_removed or self._prepare(aside, [*models, "ranks"]))
+        shards.error = self._agreed(self._prepare(aside, [*models, "ranks"]))
         for name, model in models.items():
             model.save_shards(shards, name)
         if self.world.is_main:
@@ -105,6 +105,7 @@ class Checkpoints:
         """Nothing more is saved: waits for what is being written, and for what is being removed."""
         self.finish()
         self._await_cleaning()
+        self._agreed(None)  # all ranks wait: one that has ended would end the one that still removes
 
     def clear(self) -> None:
         """Removes every checkpoint: the run starts again. The folder itself stays: it may be a disk of its own."""
@@ -153,7 +154,9 @@ class Checkpoints:
             return None
 
         def make() -> None:
-            files.make_folder(self.folder)
+            if not self.folder.exists():
+                files.make_folder(self.folder)
+                files.flush_folder(self.folder.parent)
             for left in self.folder.glob(".step-*.writing"):  # of a save that was cut short
                 files.remove(left)
             for name in names:
@@ -170,21 +173,38 @@ class Checkpoints:
             files.write_text(aside / NAME, manifest.text())
             for folder in [*sorted({(aside / name).parent for name in manifest.files}), aside]:
                 files.flush_folder(folder)
-            if step.exists():  # the same step once more, after a resume from before it
-                files.remove(old := self.folder / f".{step.name}.old")
-                files.rename(step, old)
-            files.rename(aside, step)
+            self._put_in_place(aside, step)
             files.flush_folder(self.folder)
             files.replace_text(self.folder / reading.POINTER, step.name + "\n")
-            retention.purge(self.folder, self.keep)
-            # Gigabytes take their time to go, and nothing waits for that.
-            self._cleaning = threading.Thread(target=self._clean, daemon=True)
+
+        error = _told(commit)
+        if error is None:
+            # Gigabytes take their time to go: only the next save waits for that.
+            self._cleaning = threading.Thread(target=self._clean, args=[manifest.step], daemon=True)
             self._cleaning.start()
+        return error
 
-        return _told(commit)
+    def _put_in_place(self, aside: Path, step: Path) -> None:
+        old = self.folder / f".{step.name}.old"
+        again = step.exists()  # the same step once more, after a resume from before it
+        if again:
+            files.remove(old)
+            files.rename(step, old)
+        try:
+            files.rename(aside, step)
+        except OSError:
+            if again:
+                files.rename(old, step)
+            raise
 
-    def _clean(self) -> None:
-        self._not_removed = _told(lambda: retention.remove_left_behind(self.folder))
+    def _clean(self, written: int) -> None:
+        """What cannot be removed is tried again after the next save, which fails by itself where room is lacking."""
+
+        def clean() -> None:
+            retention.purge(self.folder, self.keep, written)
+            retention.remove_left_behind(self.folder)
+
+        self.not_removed = _told(clean)
 
     def _await_cleaning(self) -> None:
         if self._cleaning is not None:

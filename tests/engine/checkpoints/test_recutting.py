@@ -163,11 +163,15 @@ def read_and_saved(world: World, init: str, folder: str, way: str) -> None:
     step, problems = checkpoints.newest(refuse_damaged=True)
     assert problems == []
     checkpoints.load(step, models)
+    assert str(step) not in Path("/proc/self/maps").read_text(), "a file is still mapped"
     assert models["policy"].steps == 2
     assert models["policy"].learning_rate == pytest.approx(1e-2 / 3 if way != "sgd" else 1e-2)
     again = Checkpoints(Path(folder) / f"{way} by {world.size}", world, 2)
     again.save(step_of(world, 2), models)
     again.finish()
+    train(world, models, range(2, 4))
+    states = models["policy"].engine.optimizer.optimizer.state.values()
+    assert {float(state["step"]) for state in states if "step" in state} in (set(), {4.0})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -15,9 +15,9 @@ from gearshift.engine.checkpoints.retention import purge as rename_old
 from .steps import flip, write_step
 
 
-def purge(folder: Path, keep: int) -> None:
-    """What a save does after the pointer has moved."""
-    rename_old(folder, keep)
+def purge(folder: Path, keep: int, written: int | None = None) -> None:
+    """What a save does after the pointer has moved to the step that it has written, the newest unless another."""
+    rename_old(folder, keep, steps(folder)[-1] if written is None else written)
     remove_left_behind(folder)
 
 
@@ -57,6 +57,13 @@ def test_one_is_enough_to_keep(tmp_path: Path) -> None:
     assert steps(tmp_path) == [10]
     purge(tmp_path, 1)
     assert steps(tmp_path) == [10]
+
+
+def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path: Path) -> None:
+    for step in (20, 30, 40, 6):
+        write_step(tmp_path, step)
+    purge(tmp_path, 2, written=6)
+    assert steps(tmp_path) == [6, 30, 40]
 
 
 def test_a_damaged_best_is_not_the_best(tmp_path: Path) -> None:

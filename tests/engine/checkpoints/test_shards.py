@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gearshift.engine.checkpoints import files
 from gearshift.engine.checkpoints.random_states import random_states, set_random_states
 from gearshift.engine.checkpoints.shards import HostCopies, Shards, load
 from gearshift.errors import UserError
@@ -72,6 +73,12 @@ def test_an_error_of_the_disk_is_kept_and_the_rest_counted(tmp_path: Path) -> No
     assert shards.error == f"{tmp_path}/missing/a.pt: cannot be written: No such file or directory"
     assert shards.bytes_needed == 80
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_disk_names_the_file() -> None:
+    """Those of an open file do not by themselves."""
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.write_text(Path("/dev/full"), "x" * 10)
 
 
 def test_a_copy_is_what_the_state_was(tmp_path: Path) -> None:
