@@ -23,6 +23,7 @@ class Size:
     rollout: dict[str, Any] = field(default_factory=dict)
     ptx: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     dtype: str = "fp32"
 
@@ -37,6 +38,7 @@ class Size:
                 "rollout": {"max_new_tokens": self.response, "record_steps": False, **self.rollout},
                 "ppo": {"batch_size": 16, "minibatches": 2, "micro_batch_size": 4, "samples_every": 0, **self.ppo},
                 "ptx": {"data": str(folder / "text.jsonl"), "max_tokens": 64, "examples_per_episode": 1, **self.ptx},
+                "optimizer": self.optimizer,
                 "deepspeed": {"zero_optimization": zero},
             }
         )
@@ -101,6 +103,17 @@ CHECKED = {
     ),
     "llama-lora-20M": Size(
         llama(512, 4, 8, 8, 8192), prompt=40, response=40, rollout={"tp_size": 2}, lora={"rank": 8},
+    ),
+    "llama-again-14M": Size(
+        llama(320, 9, 10, 2, 6000),
+        prompt=120,
+        response=60,
+        ppo={"micro_batch_size": 8},
+        ptx={"max_tokens": 160},
+        rollout={"tp_size": 2},
+        zero={"stage3_max_reuse_distance": 2_000_000, "stage3_prefetch_bucket_size": 1_000_000,
+              "reduce_bucket_size": 3_000_000},
+        optimizer={"gradient_checkpointing": True},
     ),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
     )
 
 
-def _compute_activations_again(module: Any) -> None:
+def compute_activations_again(module: Any) -> None:
     """Raises SettingError for a family that cannot."""
     # transformers has the first name from 5.20 on, and warns of the second.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
@@ -132,7 +132,7 @@ class ZeroModel:
         if training is not None and hasattr(module, "lora"):
             train_adapters_only(module)
         if training is not None and training.gradient_checkpointing:
-            _compute_activations_again(module)
+            compute_activations_again(module)
         if training is not None:
             bind_linears(module)
         trained = [p for p in module.parameters() if p.requires_grad]

@@ -76,6 +76,35 @@ def test_lora_trains_less_and_needs_no_reference(config: dict[str, Any], capsys:
     assert found["held"]["policy"]["gradients"] < found["held"]["critic"]["gradients"] // 4
 
 
+def test_frozen_models_may_lie_in_host_memory(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    config["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    found = []
+    for offload in ("false", "true"):
+        assert plan(config, "--json", "--reference.offload", offload, "--reward.offload", offload) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    kept, away = (one["held"] for one in found)
+    for name in ("reference", "reward"):
+        assert (away[name]["weights"], away[name]["host"]) == (0, kept[name]["weights"])
+    assert away["policy"] == kept["policy"]
+    assert found[1]["host_bytes"] == kept["reference"]["weights"] + kept["reward"]["weights"]
+
+
+def test_activations_may_be_computed_again(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """And that is told where nothing that costs less time would do."""
+    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    config["data"]["max_prompt_tokens"], config["ppo"]["micro_batch_size"] = 448, 1
+    config["rollout"] |= {"slots": 1, "keep_weights": False}
+    peaks = []
+    for again in ("false", "true"):
+        assert plan(config, "--json", "--optimizer.gradient_checkpointing", again) == 0
+        phases = json.loads(capsys.readouterr().out)["phases"]
+        peaks.append(max(phase["total"] for phase in phases))
+    kept, less = peaks
+    assert plan(config, "--json", "--memory-gb", str(4 + (less + 0.1 * (kept - less)) / 1e9)) == 1
+    fields = [change["field"] for change in json.loads(capsys.readouterr().out)["changes"]]
+    assert fields == ["optimizer.gradient_checkpointing"]
+
+
 def test_what_does_not_fit_says_what_to_change(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "--memory-gb", "5") == 1
     out = capsys.readouterr().out

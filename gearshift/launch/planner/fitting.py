@@ -93,6 +93,9 @@ def _candidates() -> Iterator[tuple[str, Chooser]]:
     def group(size: int) -> Callable[[PpoPlan], bool]:
         return lambda p: p.config.rollout.tp_size < size <= p.per_host and p.ranks % size == 0 and p.splits(size)
 
+    def frozen_here(name: str) -> Callable[[PpoPlan], bool]:
+        return lambda p: name in p.models and not p.sharding_of(name).zero.offload_param
+
     def rows(plan: PpoPlan, memory: float) -> int | None:
         fitting = max(1, largest_micro_batch(plan, memory))
         return fitting if fitting < plan.config.ppo.micro_batch_size else None
@@ -108,8 +111,17 @@ def _candidates() -> Iterator[tuple[str, Chooser]]:
     for size in (2, 4, 8):
         yield "rollout.tp_size", when(group(size), size)
     yield "rollout.offload_optimizer", when(lambda p: _offloads(p) and p.largest is p.rollout, True)
+    for name in ("reference", "reward"):
+        yield f"{name}.offload", when(frozen_here(name), True)
+    yield "optimizer.gradient_checkpointing", when(_keeps_activations, True)
     yield f"{zero}.offload_optimizer", when(_offloads, {"device": "cpu"})
     yield f"{zero}.offload_param", when(lambda p: not p.sharding.zero.offload_param, {"device": "cpu"})
+
+
+def _keeps_activations(plan: PpoPlan) -> bool:
+    """Whether activations are kept for the backward pass, and the models that train could compute them again."""
+    can = all(m.module.supports_gradient_checkpointing for m in plan.models.values() if m.trained)
+    return can and not plan.config.optimizer.gradient_checkpointing
 
 
 def _offloads(plan: PpoPlan) -> bool:

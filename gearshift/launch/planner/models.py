@@ -17,6 +17,7 @@ from gearshift.engine.heads import bind_logprob_head, bind_value_head
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.loading import build_on_meta, config_of, dropout_rates
 from gearshift.engine.settings import LoraSettings
+from gearshift.engine.zero import compute_activations_again
 from gearshift.errors import SettingError
 from gearshift.launch.planner.tracing import META, Timeline, extended, trace
 
@@ -40,7 +41,7 @@ class PaperModel:
             train_adapters_only(module)
         if trained:
             bind_linears(module)
-        self._timelines: dict[tuple[Batch, bool], Timeline] = {}
+        self._timelines: dict[tuple[Batch, bool, bool], Timeline] = {}
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -50,19 +51,23 @@ class PaperModel:
     def total(self) -> int:
         return sum(p.numel() for p in self.parameters)
 
-    def timeline(self, batch: Batch, train: bool) -> Timeline:
-        """Of one micro-batch, with its backward pass if it is to `train`. Of many rows it is worked out from that of
-        two and that of three, since every tensor grows with the rows in a straight line."""
-        key = batch, train
+    def timeline(self, batch: Batch, train: bool, again: bool = False) -> Timeline:
+        """Of one micro-batch, with its backward pass if it is to `train`; `again`: which computes activations again. Of
+        many rows it is worked out from that of two and that of three, since every tensor grows with the rows in a
+        straight line."""
+        key = batch, train, again
         if key not in self._timelines:
             two, three = (replace(batch, rows=rows) for rows in (2, 3))
             found = None
             if batch.rows > 3:
-                found = extended(self.timeline(two, train), self.timeline(three, train), batch.rows)
-            self._timelines[key] = found or self._trace(batch, train)
+                found = extended(self.timeline(two, train, again), self.timeline(three, train, again), batch.rows)
+            self._timelines[key] = found or self._trace(batch, train, again)
         return self._timelines[key]
 
-    def _trace(self, batch: Batch, train: bool) -> Timeline:
+    def _trace(self, batch: Batch, train: bool, again: bool) -> Timeline:
+        if again:
+            compute_activations_again(self.module)
+        self.module.train(again)  # outside of training mode transformers computes nothing again; nothing is dropped
         tokens = torch.zeros(batch.rows, batch.width, dtype=torch.int64, device=META)
         return trace(self.module, self._forward(tokens, train), train, batch.rows * batch.targets)
 

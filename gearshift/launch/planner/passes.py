@@ -89,7 +89,7 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
             look(gradients=reduced - bucket.kept)  # a gradient that is kept is among what is live still
         else:
             window.peak = window.bytes
-            (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value])
+            (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value], event.value)
             look(gathered=window.peak)
     look(gradients=bucket.reduce())
     return most
@@ -100,5 +100,5 @@ def left_behind(timeline: Timeline, trained: Timeline, sharding: Sharding) -> in
     window = _window(trained, sharding)
     for event in timeline.events:
         if event.kind in ("fetch", "release"):
-            (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value])
+            (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value], event.value)
     return window.bytes

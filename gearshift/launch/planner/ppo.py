@@ -92,6 +92,13 @@ class PpoPlan:
     def sharding(self) -> Sharding:
         return Sharding(self.ranks, self.dtype.itemsize, ZeroSettings.of(self.config.deepspeed))
 
+    def sharding_of(self, name: str) -> Sharding:
+        """Of one model: the config may ask for the weights of a frozen one to lie in host memory."""
+        away = {"reference": self.config.reference.offload, "reward": self.config.reward.offload}
+        if away.get(name):
+            return replace(self.sharding, zero=replace(self.sharding.zero, offload_param=True))
+        return self.sharding
+
     @property
     def models(self) -> Mapping[str, PaperModel]:
         """Those that have weights of their own."""
@@ -143,7 +150,7 @@ class PpoPlan:
     def holdings(self) -> dict[str, Holding]:
         average = self.config.ppo.ema is not None
         return {
-            name: holding(model, self.sharding, self.moments, average and name == "policy")
+            name: holding(model, self.sharding_of(name), self.moments, average and name == "policy")
             for name, model in self._models.items()
         }
 
@@ -263,7 +270,11 @@ class PpoPlan:
     def _passes(self, name: str) -> tuple[Timeline, Timeline | None]:
         """A forward pass of a model, and one that trains it."""
         model = self._models[name]
-        return model.timeline(self.scored, False), model.timeline(self.updated, True) if model.trained else None
+        return model.timeline(self.scored, False), self._trained(name, self.updated) if model.trained else None
+
+    def _trained(self, name: str, batch: Batch) -> Timeline:
+        """A pass that trains a model."""
+        return self._models[name].timeline(batch, True, self.config.optimizer.gradient_checkpointing)
 
     def _left(self, name: str) -> int:
         """What the last forward pass alone of a model that trains has left gathered."""
@@ -272,10 +283,10 @@ class PpoPlan:
 
     def _forward(self, title: str, name: str, beside: int = 0) -> Phase:
         alone, training = self._passes(name)
-        return self._phase(title, need(alone, self.sharding, training), beside)
+        return self._phase(title, need(alone, self.sharding_of(name), training), beside)
 
     def _backward(self, title: str, name: str, batch: Batch, beside: int) -> Phase:
-        return self._phase(title, need(self._models[name].timeline(batch, True), self.sharding), beside)
+        return self._phase(title, need(self._trained(name, batch), self.sharding), beside)
 
     def _phase(self, title: str, found: Need, beside: int) -> Phase:
         parts = self._base()

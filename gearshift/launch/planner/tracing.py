@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from gearshift.kernels.head import CHUNK
@@ -134,7 +135,7 @@ def trace(
         found = forward()
         timeline.forward = sum(event.kind == "fetch" for event in timeline.events)
         if train:
-            _total(found).backward()
+            _backward(_total(found))
         del found
         timeline.events.append(Event("live", counting.bytes))
     return timeline
@@ -169,6 +170,11 @@ class _Saving:
 def _total(found: Tensor | tuple[Tensor, ...]) -> Tensor:
     parts = [found] if isinstance(found, Tensor) else list(found)
     return torch.stack([part.sum() for part in parts]).sum()
+
+
+def _backward(total: Tensor) -> None:
+    """`total.backward()`, during which torch would turn off `_WithoutValues`, though layers may run again in it."""
+    _engine_run_backward((total,), (torch.ones_like(total),), False, False, (), True, True)
 
 
 @contextmanager

@@ -70,16 +70,16 @@ class Window:
         self._needed: dict[int, int] = {}  # how often autograd keeps a view of what is gathered
         self._orphans: dict[int, int] = {}  # bytes of what is released and kept all the same
         self._in_flight: dict[int, _Group] = {}
-        self._active: dict[int, int] = {}
+        self._active: dict[int, set[int]] = {}  # the modules that use a parameter
         self._live = 0  # elements, as DeepSpeed counts them
         self.bytes = self.peak = 0
 
-    def fetch(self, layer: Iterable[int]) -> None:
-        """The next layer of the sequence begins."""
+    def fetch(self, layer: Iterable[int], module: int = 0) -> None:
+        """The next layer of the sequence begins, that of the module of this number."""
         wanted = sorted(set(layer))
         self._gather([p for p in wanted if not self._is_there(p)])
         for p in wanted:
-            self._active[p] = self._active.get(p, 0) + 1
+            self._active.setdefault(p, set()).add(module)
             self._wait(p)
         waiting = {p for p in wanted if self._fetched_for.get(p, -1) < self._step}
         while self._queue and waiting:
@@ -89,12 +89,12 @@ class Window:
         self._prefetch()
         self._step += 1
 
-    def release(self, layer: Iterable[int]) -> None:
+    def release(self, layer: Iterable[int], module: int = 0) -> None:
         """A layer ends."""
         layer = set(layer)
         kept = self._used_soon()
         for p in layer:
-            self._active[p] = max(0, self._active.get(p, 0) - 1)
+            self._active.setdefault(p, set()).discard(module)
             away = p in self._available and p not in self._persistent and not self._active[p]
             if away and p not in kept and not self._is_kept_for_later(p):
                 self._available.discard(p)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from gearshift.kernels import linear_logprob
 from gearshift.launch.planner.live import LiveBytes
+from gearshift.launch.planner.models import Batch, causal
 from gearshift.launch.planner.passes import Sharding, need
 from gearshift.launch.planner.tracing import META, Timeline, extended, trace
 from gearshift.launch.planner.window import ZeroSettings
@@ -74,6 +76,24 @@ def test_many_rows_follow_from_two_and_three() -> None:
 
 def test_a_forward_pass_alone_keeps_nothing() -> None:
     assert timeline(64, train=False).activations < timeline(64).activations
+
+
+def test_layers_that_run_again_keep_their_inputs_alone() -> None:
+    """And a pass that keeps all is not changed by one before it that does not."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 64, **heads}
+    batch, model = Batch(2, 128, 16), causal(AutoConfig.for_model("llama", **shape), torch.float32, True)
+    again, kept = (model.timeline(batch, True, way) for way in (True, False))
+    assert again.forward == kept.forward
+    assert sum(event.kind == "fetch" for event in again.events) > sum(event.kind == "fetch" for event in kept.events)
+    assert {e.value for e in again.events if e.kind == "gradient"} == {
+        e.value for e in kept.events if e.kind == "gradient"
+    }
+    inputs, layer = 6 * 2 * 128 * 64 * 4, kept.activations // 6
+    assert inputs < again.activations < inputs + 2 * layer
+    assert again.activations < kept.activations / 2
+    fresh = causal(AutoConfig.for_model("llama", **shape), torch.float32, True)
+    assert fresh.timeline(batch, True).events == kept.events
 
 
 def test_gradients_wait_in_the_bucket_and_are_joined_when_it_is_full() -> None:

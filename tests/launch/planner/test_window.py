@@ -71,6 +71,20 @@ def test_in_the_backward_pass_what_is_used_again_soon_stays() -> None:
         assert found.bytes == expected
 
 
+def test_a_layer_that_is_entered_twice_is_left_once() -> None:
+    """A layer that runs again in the backward pass may not come to its end, and then begins its own backward pass."""
+    found = Window([[0], [0], [0], [0]], 1, NUMEL, 2, 4, dataclasses.replace(ZERO, max_reuse=0))
+    found.fetch([0], module=1)
+    found.release([0], module=1)
+    found.fetch([0], module=1)
+    found.fetch([0], module=1)
+    found.fetch([0], module=2)
+    found.release([0], module=1)
+    assert found.bytes == 400
+    found.release([0], module=2)
+    assert found.bytes == 0
+
+
 def test_a_view_that_autograd_keeps_holds_the_memory_of_what_was_released() -> None:
     found = window(train=True)
     found.fetch([0])
