@@ -6,10 +6,8 @@ A random Llama with AdamW's moments, saved in turn, `--repeats` times; medians, 
 pair:
   deepspeed    `engine.save_checkpoint` under a new name: its files, as the operating system caches them
   ... flushed  the same, and its files on the disk (fsync), which it does not do itself
-  gearshift    `Checkpoints.save`: the same files digested and written; a thread waits for the disk, then the step is
-               renamed, the pointer moved, older ones removed
-  background   the same with `checkpoint.background`: copied to host memory, all else in the thread
-Gearshift's times are until training may go on; until the step is there, on the disk, is told apart.
+  gearshift    `Checkpoints.save`: the same files digested, on the disk, renamed, the pointer moved
+  background   the same with `checkpoint.background`: until training may go on; when the step is there is told apart
 Bytes are those of the last step's folder.
 """
 

@@ -35,20 +35,19 @@ class Saved(Protocol):
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step whose files `thread` brings to the disk."""
+    """A step whose state is copied, and whose files `thread` writes; None: they are on the disk."""
 
     aside: Path
     manifest: Manifest
     shards: Shards
-    thread: threading.Thread
+    thread: threading.Thread | None
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder that every rank sees. Every method is collective.
 
-    A save ends when nothing of the state is read any more: a thread waits for the disk, and the step is there once
-    `poll` or `finish` has found every rank's files on it. `background`: the state is only copied, to host memory that
-    stays, and the thread writes it.
+    `background`: a save copies the state, to host memory that stays, and returns; a thread writes, and the step is
+    there once `poll` or `finish` has found every rank's files on the disk.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, background: bool = False):
@@ -61,10 +60,10 @@ class Checkpoints:
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
     ) -> None:
-        """Begins the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
+        """Writes the step that `manifest` (without files) describes; `small_files`: path in the folder -> content.
 
-        When any rank cannot write, `poll` or `finish` raise UserError on every rank, naming path and bytes; what was
-        there before stays.
+        When any rank cannot write, every rank raises UserError, here or (`background`) in `poll` or `finish`, naming
+        path and bytes; what was there before stays.
         """
         self.finish()
         self._await_cleaning()
@@ -77,13 +76,20 @@ class Checkpoints:
             for path, content in (small_files or {}).items():
                 shards.write(aside / path, partial(_write_bytes, content), len(content))
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
+        if self._copies is None:
+            shards.finish()
+            self._begun = _Begun(aside, manifest, shards, None)
+            self.finish()
+            return
         # A process that fails does not wait for it: what it has written counts for nothing without the rename.
-        self._begun = _Begun(aside, manifest, shards, threading.Thread(target=shards.finish, daemon=True))
-        self._begun.thread.start()
+        thread = threading.Thread(target=shards.finish, daemon=True)
+        self._begun = _Begun(aside, manifest, shards, thread)
+        thread.start()
 
     def poll(self) -> None:
         """The step that was begun is there from now on, if every rank's files are on the disk. See `save`."""
-        if self._begun is not None and not self.world.max(self._begun.thread.is_alive()):
+        thread = None if self._begun is None else self._begun.thread
+        if thread is not None and not self.world.max(thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
@@ -91,7 +97,8 @@ class Checkpoints:
         if self._begun is None:
             return
         begun, self._begun = self._begun, None
-        begun.thread.join()
+        if begun.thread is not None:
+            begun.thread.join()
         shards = begun.shards
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)
