@@ -5,7 +5,10 @@ python -m gearshift.launch.reference > docs/configuration.md
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+
+import yaml
 
 from gearshift.launch.config import CONFIGS, ORDER, fields
 
@@ -42,6 +45,8 @@ def _rows(section: str, users: list[str]) -> Iterator[str]:
     for name, ways in found.items():
         for (kind, default, description), commands in ways.items():
             told = "" if commands == users else ", ".join(commands)
+            if "\n" in default:  # YAML writes a line's end as an empty line, which would end the row
+                default = json.dumps(yaml.safe_load(default))
             cells = [f"`{name}`", kind, f"`{default}`" if default else "required", told, description]
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
