@@ -55,7 +55,8 @@ def _crash(error: Exception, rank: int) -> NoReturn:
         if is_lost_connection(error):
             watchdog.wait_for_verdict()
         _fail(told, CRASH, wait=0)
-    _fail(told, CRASH, wait=(3 if rank == 0 else 6) * LAUNCHER_POLL)
+    # Longer than a rank waits that tells a mistake: its connections may be gone as soon as it has found it.
+    _fail(told, CRASH, wait=(6 if rank == 0 else 9) * LAUNCHER_POLL)
 
 
 def _fail(message: str, code: int, wait: float, alone: bool = True) -> NoReturn:
