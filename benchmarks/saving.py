@@ -35,6 +35,7 @@ import torch.distributed as dist
 from benchmarks.kernels.command import DTYPES, device_name, versions
 from benchmarks.llama import add_sizes, config_of
 from gearshift.engine import CausalModel, TokenBatch, Training, World, init_distributed
+from gearshift.engine.checkpoints import files
 from gearshift.engine.checkpoints.manifest import Manifest
 from gearshift.engine.checkpoints.writing import Checkpoints
 from gearshift.rlhf.language import language_loss
@@ -92,7 +93,7 @@ def measure(options: argparse.Namespace, folder: Path, world: World) -> dict[str
         if flush:
             newest = plain / (plain / "latest").read_text()
             for path in newest.glob(f"*rank_{world.rank}_*.pt"):
-                fsync(path)
+                files.flush(path)
 
     def remove_old() -> None:
         """All but the newest step of each way."""
@@ -153,14 +154,6 @@ def timed(
                 if name in whole:
                     whole[name].append(there)
     return seconds, whole
-
-
-def fsync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def size_of(folder: Path) -> int:

@@ -2,7 +2,8 @@
 
 torch saves the transposed weight, a view: when ZeRO-3 lets go of a layer's gathered weight, that view keeps its memory,
 and by the end of a forward pass every rank would hold the whole model. Here the parameter itself is saved, which
-ZeRO-3 gathers again when the backward pass comes to it.
+ZeRO-3 gathers again when the backward pass comes to it. DeepSpeed's `memory_efficient_linear` does the same, but by
+replacing `torch.nn.functional.linear` for the whole process and for good, rollouts and frozen models included.
 """
 
 from __future__ import annotations

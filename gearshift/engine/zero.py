@@ -96,8 +96,8 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
 
 
 def compute_activations_again(module: Any) -> None:
-    """Raises SettingError for a family that cannot."""
-    # transformers has the first name from 5.20 on, and warns of the second.
+    """Of every layer the backward pass keeps the input alone. Raises SettingError for a family that cannot."""
+    # Newer versions of transformers have the first name, and warn of the second.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})

@@ -61,8 +61,8 @@ class Saver:
         """
         every = self.config.checkpoint.every
         self.checkpoints.poll()
-        if self.checkpoints.not_removed:
-            self.report.say(f"checkpoints  {self.checkpoints.not_removed}: tried again after the next save")
+        if problem := self.checkpoints.not_removed():
+            self.report.say(f"checkpoints  {problem}: tried again after the next save")
         came = self._signals.on_any_rank(self.world) if self._signals else 0
         if every and (came or step % every == 0):
             self.save(step, score)

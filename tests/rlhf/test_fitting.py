@@ -14,6 +14,8 @@ from gearshift.launch.config import validate
 from gearshift.launch.ppo_checks import check_ppo
 from gearshift.rlhf.language import language_loss
 from gearshift.rlhf.ppo import ppo
+from gearshift.rlhf.ppo_data import PpoData
+from gearshift.rlhf.ppo_models import load_models
 from tests.models import save_tiny
 from tests.rlhf.tiny import Recorder, changed, ppo_values
 from tests.worker_group import WorkerGroup
@@ -66,6 +68,27 @@ def test_every_loss_is_the_same(
         assert set(row) == set(expected)
         for name, value in row.items():
             assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+
+
+def asked_of(world: World, values: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Of each model: whether activations are computed again, and where DeepSpeed is told to keep its weights."""
+    config: Any = validate("ppo", values)
+    models = load_models(config, world, PpoData.load(config, world, Recorder()))
+    found = {}
+    for name in ("policy", "critic", "reference", "reward_model"):
+        model: Any = getattr(models, name)
+        offload = getattr(model.engine.zero_offload_param(), "device", None)
+        found[name] = bool(model.module.is_gradient_checkpointing), str(offload)
+    return found
+
+
+def test_what_is_set_reaches_the_models_that_it_names(two_ranks: WorkerGroup, values: dict[str, Any]) -> None:
+    """Equal losses alone would not show that."""
+    again = two_ranks.run(asked_of, changed(values, **WAYS["checkpointing"]))[0]
+    assert [name for name, found in again.items() if found[0]] == ["policy", "critic"]
+    for section, name in (("reference", "reference"), ("reward", "reward_model")):
+        offloaded = two_ranks.run(asked_of, changed(values, **{section: {"offload": True}}))[0]
+        assert [name for name, found in offloaded.items() if "cpu" in found[1]] == [name]
 
 
 def kept_for_backward(world: World, init: str, again: bool) -> tuple[float, float, int]:

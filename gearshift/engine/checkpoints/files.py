@@ -35,8 +35,8 @@ def rename(path: Path, to: Path) -> None:
     os.replace(path, to)
 
 
-def flush_folder(path: Path) -> None:
-    """What was created, renamed or removed in this folder survives a power cut from here on."""
+def flush(path: Path) -> None:
+    """What was written to a file, or created, renamed or removed in a folder, survives a power cut from here on."""
     _before("flush", path)
     number = os.open(path, os.O_RDONLY)
     try:
@@ -156,7 +156,7 @@ def replace_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.writing")
     write_text(aside, text)
     rename(aside, path)
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 def digest(path: Path) -> str:

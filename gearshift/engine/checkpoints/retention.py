@@ -35,7 +35,7 @@ def purge(folder: Path, keep: int, written: int) -> None:
     for step in found:
         if step not in kept:
             files.rename(folder / folder_name(step), folder / f".{folder_name(step)}.old")
-    files.flush_folder(folder)
+    files.flush(folder)
 
 
 def remove_left_behind(folder: Path) -> None:
@@ -50,10 +50,11 @@ def set_aside(folder: Path, chosen: Path) -> None:
 
     The pointer moves first: whenever this stops, the newest whole step is there.
     """
-    newer = [step for step in steps(folder) if step > Manifest.read(chosen).step]
+    own = Manifest.read(chosen).step
+    newer = [step for step in steps(folder) if step > own]
     files.replace_text(folder / POINTER, chosen.name + "\n")
     for step in newer:
         aside = folder / f".{folder_name(step)}.aside"
         files.remove(aside)
         files.rename(folder / folder_name(step), aside)
-    files.flush_folder(folder)
+    files.flush(folder)

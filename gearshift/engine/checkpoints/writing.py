@@ -35,12 +35,11 @@ class Saved(Protocol):
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step whose state is copied, and whose files `thread` writes; None: they are on the disk."""
+    """A step whose state is copied, and whose files `thread` writes."""
 
-    aside: Path
     manifest: Manifest
     shards: Shards
-    thread: threading.Thread | None
+    thread: threading.Thread
 
 
 class Checkpoints:
@@ -55,7 +54,7 @@ class Checkpoints:
         self._copies = HostCopies() if background else None
         self._begun: _Begun | None = None
         self._cleaning: threading.Thread | None = None
-        self.not_removed: str | None = None  # what the disk says against removing older steps, on rank 0
+        self._not_removed: str | None = None
 
     def save(
         self, manifest: Manifest, models: Mapping[str, Saved], small_files: Mapping[str, bytes] | None = None
@@ -78,18 +77,15 @@ class Checkpoints:
         shards.save(random_states(), str(aside / "ranks" / f"rank-{self.world.rank:05d}.pt"))
         if self._copies is None:
             shards.finish()
-            self._begun = _Begun(aside, manifest, shards, None)
-            self.finish()
+            self._conclude(manifest, shards)
             return
         # A process that fails does not wait for it: what it has written counts for nothing without the rename.
-        thread = threading.Thread(target=shards.finish, daemon=True)
-        self._begun = _Begun(aside, manifest, shards, thread)
-        thread.start()
+        self._begun = _Begun(manifest, shards, threading.Thread(target=shards.finish, daemon=True))
+        self._begun.thread.start()
 
     def poll(self) -> None:
         """The step that was begun is there from now on, if every rank's files are on the disk. See `save`."""
-        thread = None if self._begun is None else self._begun.thread
-        if thread is not None and not self.world.max(thread.is_alive()):
+        if self._begun is not None and not self.world.max(self._begun.thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
@@ -97,16 +93,23 @@ class Checkpoints:
         if self._begun is None:
             return
         begun, self._begun = self._begun, None
-        if begun.thread is not None:
-            begun.thread.join()
-        shards = begun.shards
+        begun.thread.join()
+        self._conclude(begun.manifest, begun.shards)
+
+    def _conclude(self, manifest: Manifest, shards: Shards) -> None:
+        """What this rank has to write is written, or failed: the step is there, or every rank raises UserError."""
         parts = self._gathered((shards.written, shards.bytes_needed, shards.error))
         error = next((error for *_, error in parts if error), None)
         if error is None:
             written = {name: entry for entries, *_ in parts for name, entry in entries.items()}
-            error = self._agreed(self._commit(begun.aside, dataclasses.replace(begun.manifest, files=written)))
+            error = self._agreed(self._commit(shards.root, dataclasses.replace(manifest, files=written)))
         if error is not None:
-            self._fail(begun.aside, error, sum(needed for _, needed, _ in parts))
+            self._fail(shards.root, error, sum(needed for _, needed, _ in parts))
+
+    def not_removed(self) -> str | None:
+        """What the disk says against removing older steps, on rank 0, once."""
+        told, self._not_removed = self._not_removed, None
+        return told
 
     def close(self) -> None:
         """Nothing more is saved: waits for what is being written, and for what is being removed."""
@@ -163,7 +166,7 @@ class Checkpoints:
         def make() -> None:
             if not self.folder.exists():
                 files.make_folder(self.folder)
-                files.flush_folder(self.folder.parent)
+                files.flush(self.folder.parent)
             for left in self.folder.glob(".step-*.writing"):  # of a save that was cut short
                 files.remove(left)
             for name in names:
@@ -179,9 +182,9 @@ class Checkpoints:
         def commit() -> None:
             files.write_text(aside / NAME, manifest.text())
             for folder in [*sorted({(aside / name).parent for name in manifest.files}), aside]:
-                files.flush_folder(folder)
+                files.flush(folder)
             self._put_in_place(aside, step)
-            files.flush_folder(self.folder)
+            files.flush(self.folder)
             files.replace_text(self.folder / reading.POINTER, step.name + "\n")
 
         error = _told(commit)
@@ -211,7 +214,7 @@ class Checkpoints:
             retention.purge(self.folder, self.keep, written)
             retention.remove_left_behind(self.folder)
 
-        self.not_removed = _told(clean)
+        self._not_removed = _told(clean)
 
     def _await_cleaning(self) -> None:
         if self._cleaning is not None:

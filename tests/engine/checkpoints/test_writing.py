@@ -194,6 +194,43 @@ def test_every_rank_tells_what_one_could_not_write(
     assert not list(tmp_path.glob(".step*"))
 
 
+def purging(world: World, init: str, folder: str) -> tuple[list[str | None], list[int], list[int]]:
+    """Two saves of which one step stays, the disk refusing to let the older one go; and a third with the disk well:
+    what is told, and the steps that are there under any name."""
+    models, checkpoints = build(world, init, torch.float32), Checkpoints(Path(folder), world, 1)
+    checkpoints.save(step_of(world, 1), models)
+
+    def refuse(what: str, path: Path) -> None:
+        if what == "remove":
+            raise OSError(39, os.strerror(39), str(path))
+
+    files.hook = refuse
+    checkpoints.save(step_of(world, 2), models)
+    checkpoints.close()
+    files.hook = None
+    told, before = [checkpoints.not_removed(), checkpoints.not_removed()], there(folder)
+    checkpoints.save(step_of(world, 3), models)
+    checkpoints.close()
+    return told, before, there(folder)
+
+
+def there(folder: str) -> list[int]:
+    return sorted(
+        int(path.name.strip(".").split(".")[0].removeprefix("step-")) for path in Path(folder).glob("*step-*")
+    )
+
+
+def test_what_cannot_be_removed_ends_nothing(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
+    """It is told once, and gone after the next save."""
+    (told, before, after), (silent, *_) = two_ranks.run(purging, model, str(tmp_path))
+    assert told[0] is not None
+    assert "Directory not empty" in told[0]
+    assert told[1] is None
+    assert silent == [None, None]
+    assert before == [1, 2]
+    assert after == [3]
+
+
 def save_one(world: World, init: str, folder: str) -> None:
     models = build(world, init, torch.float32)
     train(world, models, range(1))
