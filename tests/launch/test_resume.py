@@ -109,6 +109,7 @@ def test_state_that_no_checkpoint_would_hold(here: Path) -> None:
     nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
     config = write({**example("ppo"), "deepspeed": nvme, "ppo": {**example("ppo")["ppo"], "ema": None}})
     assert "checkpoint.every: optimizer state on NVMe lies in files" in problem(config, None)
+    load("ppo", config, [("checkpoint.every", "0")], ranks=2)
 
 
 def test_metrics_go_on_from_the_step_that_is_resumed(here: Path) -> None:

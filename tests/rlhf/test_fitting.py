@@ -122,3 +122,7 @@ def test_what_would_do_nothing_is_refused(values: dict[str, Any], tmp_path: Path
     lora: Any = validate("ppo", changed(values, policy={"lora": {"rank": 2}}, reference={"offload": True}))
     with pytest.raises(SettingError, match=r"^reference\.offload: with policy\.lora the reference is the policy"):
         check_ppo(lora, 2)
+    other: Any = validate(
+        "ppo", changed(values, policy={"lora": {"rank": 2}}, reference={"init": "x", "offload": True})
+    )
+    check_ppo(other, 2)

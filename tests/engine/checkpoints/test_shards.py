@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from gearshift.engine.checkpoints import files
 from gearshift.engine.checkpoints.random_states import random_states, set_random_states
@@ -83,8 +84,8 @@ def test_an_error_of_the_disk_names_the_file() -> None:
 
 def test_a_copy_is_what_the_state_was(tmp_path: Path) -> None:
     """Also the next one, which lies where the first did; and one of another shape, which does not fit there."""
-    weights, counts = torch.arange(6.0).view(2, 3).t(), {"step": 1}
-    state = OrderedDict(weights=weights, more=[counts, (weights, torch.Size([2]))])
+    weights, counts, scaler = torch.arange(6.0).view(2, 3).t(), {"step": 1}, LossScaler(1.0)
+    state = OrderedDict(weights=weights, more=[counts, (weights, torch.Size([2])), scaler])
     copies = HostCopies()
     for number, rows in enumerate((3, 3, 2)):
         state["weights"] = weights[:rows]
@@ -95,11 +96,13 @@ def test_a_copy_is_what_the_state_was(tmp_path: Path) -> None:
         assert list(later.root.iterdir()) == []
         weights += 1
         counts["step"] += 1
+        scaler.cur_scale += 1
         for shards in (now, later):
             shards.finish()
         one, other = (load(shards.root / "a.pt") for shards in (now, later))
         assert str(one) == str(other)
         assert f"'step': {number + 1}" in str(other)
+        assert other["more"][2].cur_scale == number + 1
         assert [set(shards.written) for shards in (now, later)] == [{"a.pt"}] * 2
 
 
