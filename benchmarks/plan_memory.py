@@ -24,7 +24,6 @@ from typing import Any
 if sys.path[0] == str(Path(__file__).resolve().parent):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.plan_runs import CALIBRATED, CHECKED, Quiet, Size, make_run
@@ -36,6 +35,7 @@ from gearshift.rlhf.ppo import Ppo
 from gearshift.rlhf.ppo_data import PpoData
 from gearshift.rlhf.ppo_models import load_models
 from gearshift.rlhf.settings import PpoConfig
+from gearshift.rlhf.setup import dtype_of
 
 ITERATIONS = 2
 
@@ -87,10 +87,10 @@ def of_size(size: Size, world: World) -> dict[str, Any]:
 
 
 def predict(config: PpoConfig, world: World) -> PpoPlan:
+    """The plan of the run that `measure` makes: steps of decoding are not recorded."""
     policy, reward = config_of(config.policy.init), config_of(config.reward.init)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.run.dtype or "fp32"]
     shapes = Shapes(policy, reward, reward, policy)
-    return PpoPlan(config, shapes, world.size, world.local_size, dtype, graphs=False)
+    return PpoPlan(config, shapes, world.size, world.local_size, dtype_of(config.run, world), graphs=False)
 
 
 def measure(config: PpoConfig, world: World) -> dict[str, int]:
@@ -160,6 +160,7 @@ def tell(found: dict[str, Any], detail: bool) -> None:
 
 
 def peaks(found: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of the largest phase, predicted and measured."""
     return max(sum(parts.values()) for parts in found["predicted"].values()), max(found["measured"].values())
 
 

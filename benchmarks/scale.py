@@ -25,6 +25,10 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
 
 from benchmarks.scale_model import BF16, Models, Prediction, Rates, Shape, best
 from benchmarks.scale_published import LEFT_OUT, PUBLISHED, SETTINGS, SHAPES, Published, Setting
+from benchmarks.shift_plan import shapes_and_splits
+from gearshift.engine.layout import Split
+from gearshift.engine.placement import Placement
+from gearshift.engine.reshard import ReshardPlan
 from gearshift.launch.planner.machines import GPUS, Gpu
 
 MODELS = ("llama-3-8b", "llama-3-70b")
@@ -84,12 +88,10 @@ def prediction_of(model: str, setting: Setting, options: argparse.Namespace, ran
 
 def shift_of(shape: Shape, rates: Rates) -> Callable[[int, int], float]:
     """Seconds of a shift by its plan, at peak link speeds."""
-    from gearshift.engine.placement import Placement
-    from gearshift.engine.reshard import ReshardPlan
     from gearshift.launch.planner.rollouts import shift_seconds
 
     def seconds(ranks: int, tp_size: int) -> float:
-        shapes, splits = shapes_and_splits(shape, tp_size)
+        shapes, splits = shapes_of(shape, tp_size)
         traffic = ReshardPlan.build(shapes, splits, Placement(ranks, tp_size, rates.per_host)).traffic()
         return shift_seconds(traffic, BF16, rates.within_gbs * 1e9, rates.between_gbs * 1e9)
 
@@ -97,13 +99,9 @@ def shift_of(shape: Shape, rates: Rates) -> Callable[[int, int], float]:
 
 
 @cache
-def shapes_and_splits(shape: Shape, tp_size: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """As a rollout replica of the model has them, from the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from gearshift.engine.layout import TensorParallelLayout
-    from gearshift.engine.loading import build_on_meta
+def shapes_of(shape: Shape, tp_size: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Split]]:
+    """As a rollout replica of the model has them."""
+    from transformers import AutoConfig
 
     same = {
         "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
@@ -111,12 +109,9 @@ def shapes_and_splits(shape: Shape, tp_size: int) -> tuple[dict[str, tuple[int, 
     }  # fmt: skip
     if shape.gated:
         more = {"intermediate_size": shape.wide, "num_key_value_heads": shape.kv_heads}
-        config = AutoConfig.for_model("llama", **same, **more)
-    else:
-        config = AutoConfig.for_model("opt", **same, ffn_dim=shape.wide, word_embed_proj_dim=shape.hidden)
-    built = build_on_meta(AutoModelForCausalLM, config, torch.bfloat16)
-    splits = TensorParallelLayout.of(built, tp_size).splits
-    return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}, splits
+        return shapes_and_splits(AutoConfig.for_model("llama", **same, **more), tp_size)
+    more = {"ffn_dim": shape.wide, "word_embed_proj_dim": shape.hidden}
+    return shapes_and_splits(AutoConfig.for_model("opt", **same, **more), tp_size)
 
 
 Found = dict[str, dict[str, list[Prediction | None]]]

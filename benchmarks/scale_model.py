@@ -12,6 +12,7 @@ from dataclasses import dataclass
 BF16, FP32 = 2, 4
 # Bytes of a parameter of a model that trains: bf16 weight; fp32 gradient, weight and two moments; the policy's average.
 TRAINED, AVERAGE, FROZEN = BF16 + 4 * FP32, FP32, BF16
+MOVABLE = 3 * FP32 + AVERAGE  # of the policy's: what may lie in host memory during rollouts
 STEP_BYTES = 38  # that an optimizer step reads and writes for a parameter: the above, most of it twice
 
 
@@ -185,7 +186,7 @@ def slots_of(models: Models, work: Work, rates: Rates, ranks: int, tp_size: int,
     policy = models.policy
     free = (rates.memory_gb - rates.room) * 1e9 - models.held(ranks) - BF16 * policy.total / tp_size
     if aside:
-        free += (TRAINED - BF16 - FP32 + AVERAGE) * policy.total / ranks
+        free += MOVABLE * policy.total / ranks
     fitting = int(free // (policy.cache_bytes(tp_size) * work.length))
     return max(0, min(fitting, work.episodes * tp_size // ranks))
 
@@ -264,7 +265,7 @@ def predicted(
     slots = slots_of(models, work, rates, ranks, tp_size, aside)
     if not micro_rows or not slots:
         return None
-    moved = 2 * (TRAINED - BF16 - FP32 + AVERAGE) * policy.total / ranks / (rates.host_gbs * 1e9 * rates.link_share)
+    moved = 2 * MOVABLE * policy.total / ranks / (rates.host_gbs * 1e9 * rates.link_share)
     terms = [
         *generation(policy, work, rates, ranks, tp_size, slots),
         Term("shift", "weights", shift(ranks, tp_size) / rates.link_share, "links"),

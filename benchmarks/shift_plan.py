@@ -26,7 +26,7 @@ PRESETS = {
 def on_paper(options: argparse.Namespace) -> None:
     """Print the plan that `options` name; no process group, no weights."""
     size, tp = {"fp32": 4, "bf16": 2}[options.dtype], options.tp or 8
-    shapes, splits = shapes_and_splits(options.plan, tp)
+    shapes, splits = shapes_and_splits(config_of(options.plan), tp)
     start = time.perf_counter()
     plan = ReshardPlan.build(
         shapes, splits, Placement(options.ranks, tp, options.per_host), (options.bucket_mb << 20) // size
@@ -68,14 +68,14 @@ def as_json(
     }
 
 
-def shapes_and_splits(model: str, tp: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Split]]:
-    """As a rollout replica has them, from the model on the meta device."""
+def shapes_and_splits(config: Any, tp: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Split]]:
+    """As a rollout replica has them, from the model of a `transformers` config on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from gearshift.engine.loading import build_on_meta
 
-    built = build_on_meta(AutoModelForCausalLM, config_of(model), torch.bfloat16)
+    built = build_on_meta(AutoModelForCausalLM, config, torch.bfloat16)
     splits = TensorParallelLayout.of(built, tp).splits
     return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}, splits
 

@@ -20,13 +20,19 @@ def check_positions(config: Any, longest: int, world: World) -> None:
 
     `longest`: the most of this rank's. Collective.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     most = int(world.max(longest))
     if positions is not None and most > positions:
         raise UserError(
             f"rollout.max_new_tokens: a prompt and its answer may take {most:,} positions, and the model has "
             f"{positions:,}: lower it by {most - positions:,}, or leave out long prompts (data.max_prompt_tokens)"
         )
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens of a sequence that a `transformers` config has positions for; None: it sets no bound."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def check_memory(row_bytes: int, rows: int, held: int, world: World) -> None:

@@ -35,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = options.gpus or config.run.ranks or 8
     try:
         _check(config, gpus)
-        print("\n".join(_told(config, options, gpus)))
+        lines, fits = _told(config, options, gpus)
     except SettingError as error:
         raise UserError(f"{arguments.config}: {error}") from None
-    return options.code
+    print("\n".join(lines))
+    return 0 if fits else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +104,8 @@ def _check(config: PpoConfig, ranks: int) -> None:
     check_shift(config.deepspeed, config.rollout.offload_optimizer)
 
 
-def _told(config: PpoConfig, options: argparse.Namespace, ranks: int) -> list[str]:
+def _told(config: PpoConfig, options: argparse.Namespace, ranks: int) -> tuple[list[str], bool]:
+    """Lines for the screen, and whether the run fits."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
@@ -117,11 +119,11 @@ def _told(config: PpoConfig, options: argparse.Namespace, ranks: int) -> list[st
     dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
     plan = PpoPlan(config, _shapes(config, options.model), ranks, min(options.gpus_per_host, ranks), dtype)
     found = Findings.of(plan, machines)
-    options.code = 0 if found.fits else 1
-    return [json.dumps(as_json(found), indent=1)] if options.json else as_text(found)
+    return [json.dumps(as_json(found), indent=1)] if options.json else as_text(found), found.fits
 
 
 def _shapes(config: PpoConfig, given: list[str]) -> Any:
+    from gearshift.engine.room import positions_of
     from gearshift.launch.planner.models import shape_of
     from gearshift.launch.planner.ppo import Shapes
 
@@ -136,7 +138,7 @@ def _shapes(config: PpoConfig, given: list[str]) -> Any:
     reference = policy
     if config.reference.init != "policy":
         reference = shape_of("reference.init", config.reference.init, named.get("reference"))
-    longest, positions = config.data.max_prompt_tokens + config.rollout.max_new_tokens, _positions(policy)
+    longest, positions = config.data.max_prompt_tokens + config.rollout.max_new_tokens, positions_of(policy)
     if positions and longest > positions:
         raise SettingError(
             "rollout.max_new_tokens",
@@ -144,11 +146,6 @@ def _shapes(config: PpoConfig, given: list[str]) -> Any:
             f"than the policy's {positions} positions: keep their sum at {positions} or below",
         )
     return Shapes(policy, reward, critic, reference)
-
-
-def _positions(config: Any) -> int | None:
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
 
 
 def _named(given: list[str]) -> dict[str, str]:

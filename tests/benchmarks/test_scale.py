@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.scale import shapes_of, shift_of, table
 from benchmarks.scale_model import (
     Models,
     Prediction,
@@ -79,6 +81,30 @@ def test_decoding_reads_the_weights_and_the_cache_in_every_step() -> None:
     assert fast.limit == "flops"
 
 
+@pytest.mark.parametrize("memory", [1000.0, 1e9], ids=["memory bandwidth", "flops"])
+def test_a_group_shares_the_work_and_sums_every_layer_twice(memory: float) -> None:
+    """2 GPUs together with 8 rows, 4 at once: two waves."""
+    rates = replace(RATES, memory_gbs=memory, link_share=0.5, latency=10, step=100)
+    prefill, decode = generation(SHAPE, WORK, rates, 2, 2, 4)
+
+    def sums(rows: int) -> float:
+        return 2 * 2 * (2 * 100 * rows / 50e9 + 10e-6)
+
+    flops, read = 8 * SHAPE.forward_flops(30, 1) / 2 / 1e14, 2 * (BODY + HEAD) / (memory * 1e9)
+    assert prefill.seconds == pytest.approx(max(flops, read) + 2 * sums(4 * 30), rel=1e-9)
+    flops = 4 * (2 * (BODY + HEAD) + 4 * 2 * 100 * 35) / 2 / 1e14
+    read = (BODY + HEAD + 4 * 35 * SHAPE.cache_bytes(2)) / (memory * 1e9)
+    assert decode.seconds == pytest.approx(20 * (max(flops, read) + sums(4) + 100e-6), rel=1e-9)
+
+
+def test_python_takes_its_time_for_each_layer_and_micro_batch() -> None:
+    slow = replace(RATES, layer=1000)
+    scoring = forward("critic", SHAPE, WORK, replace(slow, micro_rows=2), 2, 0)
+    assert (scoring.limit, scoring.seconds) == ("host", pytest.approx(2 * 2 * 1e-3))
+    trained = training("policy", SHAPE, WORK, slow, 2, 1, 10)
+    assert trained.seconds == pytest.approx(4 * 3 * 2 * 1e-3 + 2 * 38 * SHAPE.total / 2 / 1e12)
+
+
 def test_scoring_gathers_for_each_micro_batch() -> None:
     """4 rows a rank, in 2 micro-batches; the links take longest."""
     term = forward("critic", SHAPE, WORK, replace(RATES, micro_rows=2), 2, 0)
@@ -107,6 +133,28 @@ def test_memory_bounds_slots_and_micro_batches() -> None:
     assert micro_rows_of(MODELS, WORK, replace(tight, memory_gb=(state + 2.5 * row) / 1e9), 1) == 2
     assert predicted(MODELS, WORK, replace(tight, memory_gb=state / 2e9), 1, 1, no_shift) is None
     assert best(MODELS, WORK, replace(tight, memory_gb=state / 2e9), 1, no_shift) is None
+    found = predicted(MODELS, WORK, replace(tight, link_share=0.5), 1, 1, lambda ranks, tp_size: 3.0)
+    assert found is not None
+    shift = {term.name: term.seconds for term in found.terms if term.part == "shift"}
+    moved = 2 * 16 * SHAPE.total  # fp32 weights, two moments and the average, there and back
+    assert shift == {"weights": 6.0, "optimizer to the host and back": pytest.approx(moved / 12.5e9)}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, kv_heads=10, gated=False, tied=True)], ids=["llama", "opt"])
+@pytest.mark.parametrize(("per_host", "rate"), [(2, 100e9), (1, 10e9)])
+def test_a_shift_of_two_ranks_brings_each_the_half_that_it_lacks(shape: Shape, per_host: int, rate: float) -> None:
+    shapes, _ = shapes_of(shape, 1)
+    halves = sum(-(-math.prod(sizes) // 2) for sizes in shapes.values())
+    assert shift_of(shape, replace(RATES, per_host=per_host))(2, 1) == pytest.approx(2 * halves / rate, rel=0.01)
+
+
+def test_a_line_of_the_table_adds_up() -> None:
+    found, setting = of("llama-3-8b", 8), SETTINGS["hybridflow"]
+    _, line, other = table("llama-3-8b", setting, [found, None], (8, 16))
+    *parts, total, rate = (float(word.replace(",", "")) for word in line.split()[2:10])
+    assert total == pytest.approx(sum(parts), abs=0.04)
+    assert rate == pytest.approx(1024 * 2048 / total / 8, rel=0.01)
+    assert other.startswith("     16 GPUs   no room")
 
 
 def of(model: str, ranks: int) -> Prediction:

@@ -15,7 +15,8 @@ class Holding:
     """Bytes on a rank's device, and `host` those in its host's memory in their place.
 
     `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in
-    fp32; `optimizer`: fp32 weights and moments; `bucket`: the buffer in which gradients are collected.
+    fp32; `optimizer`: fp32 weights and moments; `average`: the fp32 moving average of the weights; `bucket`: the buffer
+    in which gradients are collected.
     """
 
     weights: int = 0
@@ -33,11 +34,7 @@ class Holding:
 
 def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) -> Holding:
     """Of one model. `moments`: numbers that the optimizer keeps for a weight beside it (AdamW: 2)."""
-    n, size, zero = sharding.ranks, sharding.itemsize, sharding.zero
-
-    def shard(numel: int) -> int:
-        return -(-numel // n)
-
+    n, size, zero, shard = sharding.ranks, sharding.itemsize, sharding.zero, sharding.shard
     small = [p.numel() for p in model.parameters if p.numel() <= zero.persistence]
     shards = sum(shard(p.numel()) for p in model.parameters) * size
     kept_whole = sum(shard(numel) * n for numel in small) * size if n > 1 else 0
@@ -57,13 +54,13 @@ def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) 
 
 
 def step_bytes(model: PaperModel, sharding: Sharding, moments: int, temporaries: int) -> int:
-    """What an optimizer step takes for a while on the device: a flat copy of the gradients, and `temporaries` numbers
-    for each weight (of the update rule), of one group of parameters at a time."""
+    """Bytes that an optimizer step takes for a while on the device: a flat copy of the gradients, and `temporaries`
+    numbers for each weight (of the update rule), of one group of parameters at a time."""
     if sharding.zero.offload_optimizer:
         return 0
     largest = group = 0
     for parameter in model.parameters:
-        group += -(-parameter.numel() // sharding.ranks) if parameter.requires_grad else 0
+        group += sharding.shard(parameter.numel()) if parameter.requires_grad else 0
         largest = max(largest, group)
         group = 0 if group >= sharding.zero.sub_group else group
     return largest * FP32 * (1 + (temporaries if moments else 0))

@@ -4,7 +4,7 @@ on their way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gearshift.launch.planner.tracing import Timeline
 from gearshift.launch.planner.window import Window, ZeroSettings
@@ -18,14 +18,20 @@ class Sharding:
     itemsize: int
     zero: ZeroSettings
 
+    def shard(self, numel: int) -> int:
+        """Elements of a parameter on each rank, padding with them."""
+        return -(-numel // self.ranks)
+
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one rank at the moment at which they are most."""
+    """Bytes on one rank at the moment at which they are most; `left`: that stay gathered after the pass, until the
+    model's next one."""
 
     activations: int = 0
     gathered: int = 0
     gradients: int = 0
+    left: int = 0
 
     @property
     def total(self) -> int:
@@ -92,13 +98,4 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
             (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value], event.value)
             look(gathered=window.peak)
     look(gradients=bucket.reduce())
-    return most
-
-
-def left_behind(timeline: Timeline, trained: Timeline, sharding: Sharding) -> int:
-    """Bytes that stay gathered after a forward pass alone of a model that trains, until its next pass."""
-    window = _window(trained, sharding)
-    for event in timeline.events:
-        if event.kind in ("fetch", "release"):
-            (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value], event.value)
-    return window.bytes
+    return replace(most, left=window.bytes)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from gearshift.engine.decoder import CudaGraphs
 from gearshift.engine.layout import TensorParallelLayout
 from gearshift.engine.reshard import ReshardPlan, Traffic
 from gearshift.errors import UserError
 from gearshift.launch.planner import rollouts
 from gearshift.launch.planner.holdings import Holding, holding, step_bytes
 from gearshift.launch.planner.models import Batch, PaperModel, causal, classifier
-from gearshift.launch.planner.passes import Need, Sharding, left_behind, need
-from gearshift.launch.planner.rollouts import GRAPH_COLUMNS, PaperReplica, Rollouts
+from gearshift.launch.planner.passes import Need, Sharding, need
+from gearshift.launch.planner.rollouts import PaperReplica, Rollouts
 from gearshift.launch.planner.tracing import Timeline
 from gearshift.launch.planner.window import ZeroSettings
 from gearshift.rlhf.settings import PpoConfig, names_function
@@ -183,7 +184,7 @@ class PpoPlan:
     @cached_property
     def cache(self) -> int:
         """Bytes of keys and values."""
-        block = GRAPH_COLUMNS if self._records else 1
+        block = CudaGraphs.block if self._records else 1
         return self.replica.cache(self.rollouts.slots, self.prompt + self.response, block)
 
     @property
@@ -237,7 +238,7 @@ class PpoPlan:
         parts["activations"] = max(
             self.replica.prefill(asked),
             self.replica.draw(asked.slots, truncated),
-            rollouts.merged_bytes(self._models["policy"], self.ranks) - self.cache,
+            rollouts.merged_bytes(self._models["policy"], self.sharding) - self.cache,
         )
         return Phase("rollout", "tensor parallel", parts)
 
@@ -248,7 +249,7 @@ class PpoPlan:
         found.append(self._forward("score: reference", "reference" if "reference" in self._models else "policy"))
         found.append(self._forward("score: policy", "policy"))
         if "critic" in self._models:
-            found.append(self._forward("values: critic", "critic", self._left("policy")))
+            found.append(self._forward("values: critic", "critic", self._alone("policy").left))
         return found
 
     def _training(self) -> list[Phase]:
@@ -256,7 +257,7 @@ class PpoPlan:
         for name in ("policy", "critic"):
             if name not in self._models:
                 continue
-            beside = self._left("critic") if name == "policy" and "critic" in self._models else 0
+            beside = self._alone("critic").left if name == "policy" and "critic" in self._models else 0
             found.append(self._backward(f"train: {name}", name, self.updated, beside))
             if name == "policy" and self.text is not None:
                 found.append(self._backward("train: policy, pretraining text", name, self.text, beside))
@@ -267,23 +268,18 @@ class PpoPlan:
             found.append(Phase(f"step: {name}", "ZeRO-3", parts))
         return found
 
-    def _passes(self, name: str) -> tuple[Timeline, Timeline | None]:
-        """A forward pass of a model, and one that trains it."""
-        model = self._models[name]
-        return model.timeline(self.scored, False), self._trained(name, self.updated) if model.trained else None
-
     def _trained(self, name: str, batch: Batch) -> Timeline:
         """A pass that trains a model."""
         return self._models[name].timeline(batch, True, self.config.optimizer.gradient_checkpointing)
 
-    def _left(self, name: str) -> int:
-        """What the last forward pass alone of a model that trains has left gathered."""
-        alone, training = self._passes(name)
-        return left_behind(alone, training, self.sharding) if training else 0
+    def _alone(self, name: str) -> Need:
+        """Of a forward pass without a backward one."""
+        model = self._models[name]
+        training = self._trained(name, self.updated) if model.trained else None
+        return need(model.timeline(self.scored, False), self.sharding_of(name), training)
 
     def _forward(self, title: str, name: str, beside: int = 0) -> Phase:
-        alone, training = self._passes(name)
-        return self._phase(title, need(alone, self.sharding_of(name), training), beside)
+        return self._phase(title, self._alone(name), beside)
 
     def _backward(self, title: str, name: str, batch: Batch, beside: int) -> Phase:
         return self._phase(title, need(self._trained(name, batch), self.sharding), beside)

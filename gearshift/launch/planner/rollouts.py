@@ -18,9 +18,8 @@ from gearshift.engine.replica import Replica
 from gearshift.engine.reshard import ReshardPlan, Traffic
 from gearshift.engine.room import position_bytes
 from gearshift.launch.planner.models import PaperModel
+from gearshift.launch.planner.passes import Sharding
 from gearshift.launch.planner.tracing import META, trace
-
-GRAPH_COLUMNS = 256  # what the cache grows by where steps are recorded as CUDA graphs
 
 
 class PaperGroup:
@@ -94,13 +93,13 @@ def answer_bytes(rows: int, response: int) -> int:
     return rows * response * (8 + 4 + 4)
 
 
-def merged_bytes(model: PaperModel, ranks: int) -> int:
-    """Copies of the weights that have adapters, with these added, which a shift reads."""
+def merged_bytes(model: PaperModel, sharding: Sharding) -> int:
+    """Bytes on a rank of copies of the weights that have adapters, with these added, which a shift reads."""
     adapted = {
         plain_name(name).rpartition(".lora_")[0] for name, _ in model.module.named_parameters() if is_adapter(name)
     }
     return sum(
-        -(-p.numel() // ranks) * p.element_size()
+        sharding.shard(p.numel()) * p.element_size()
         for name, p in model.module.named_parameters()
         if plain_name(name).removesuffix(".weight") in adapted
     )
