@@ -16,6 +16,7 @@ from gearshift.launch.doctor import devices, hosts, machine, software
 from gearshift.launch.doctor.all_reduce import cause_in, sum_finding
 from gearshift.launch.doctor.findings import NOTE, OK, WRONG, Finding
 from gearshift.launch.doctor.probe import connect, interfaces
+from gearshift.launch.joining import facts_of
 
 from . import fake_ssh
 
@@ -69,9 +70,22 @@ def test_locks_are_looked_for_where_torch_builds(tmp_path: Path, monkeypatch: py
     assert [found.level for found in software.extension_findings(own)] == [OK]
 
 
-def test_the_same_code_has_the_same_digest() -> None:
-    assert software.code_digest() == software.code_digest()
-    assert len(software.code_digest()) == 12
+def test_what_hosts_have_alike() -> None:
+    """The doctor compares what a run does: versions, and every file of the package, here as one digest."""
+    shown = facts_of(None)
+    found = software.versions()
+    assert {name: shown[name] for name in ("Python", "gearshift", "torch", "tokenizers")}.items() <= found.items()
+    assert "the SHA-256 of gearshift/launch/joining.py" in shown
+
+
+@pytest.mark.parametrize("change", ["text", "name"])
+def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    (tmp_path / "a.py").write_text("one")
+    monkeypatch.setattr("gearshift.__file__", str(tmp_path / "__init__.py"))
+    before = software.versions()["code of gearshift"]
+    assert software.versions()["code of gearshift"] == before
+    (tmp_path / "a.py").write_text("two") if change == "text" else (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert software.versions()["code of gearshift"] != before
 
 
 @pytest.mark.parametrize(

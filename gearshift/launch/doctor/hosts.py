@@ -28,7 +28,7 @@ def findings(asked: Mapping[str, int], run_folder: Path, ssh_port: str | None) -
         told = pool.map(lambda h: _answer(lambda: sessions[h].ask("facts", **question, ranks=asked[h])), asked)
         answers = dict(zip(asked, told, strict=True))
         reached = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
-        here = software.versions() | {"code of gearshift": software.code_digest()}
+        here = software.versions()
         for host, answer in answers.items():
             if isinstance(answer, Unreachable):
                 yield unreachable_finding(host, answer.code, str(answer))

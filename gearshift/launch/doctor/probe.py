@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import signal
 import socket
 import struct
@@ -49,8 +48,7 @@ def facts(run_folder: Path, ranks: int, token: str, port: int) -> dict[str, Any]
 
     gpus = len(visible_gpus())
     return {
-        "versions": software.versions() | {"code of gearshift": software.code_digest()},
-        "machine": platform.machine(),
+        "versions": software.versions(),
         "gpus": gpus,
         "findings": [vars(found) for found in machine.findings(run_folder, ranks, bool(gpus))],
         "sees_token": Path(token).exists(),
