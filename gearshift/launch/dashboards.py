@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gearshift.rlhf.differences import flat
 from gearshift.rlhf.settings import Config
 
 SAMPLES = "samples"
@@ -31,7 +32,7 @@ class Dashboard:
         self._tracker.main_process_only = False
         self._tracker.start()
         if name != "tensorboard":  # which would keep it as a second run
-            self._tracker.store_init_configuration(flat(config.model_dump(mode="json")))
+            self._tracker.store_init_configuration(settings_of(config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._tracker.log(dict(values), step=step)
@@ -92,12 +93,9 @@ def _cell(value: Any) -> str:
     return text.replace("|", "&#124;").replace("\r", "").replace("\n", "<br>")
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"ppo": {"clip": 0.2}} -> {"ppo.clip": 0.2}; lists as text."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+def settings_of(config: Config) -> dict[str, bool | int | float | str]:
+    """`section.field` -> value; what is no number or text (a list, None) as text."""
+    fields = flat(config.model_dump(mode="json"))
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in fields.items()
+    }

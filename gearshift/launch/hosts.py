@@ -18,7 +18,8 @@ from gearshift.launch.processes import OneHost, end_group
 from gearshift.rlhf.signals import STOP_FILE
 
 CONNECT_SECONDS = 10
-_UNREACHABLE = 255  # ssh's own exit code
+ANSWER_SECONDS = 30
+UNREACHABLE = 255  # ssh's own exit code
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def first_address(hosts: Sequence[str], ssh_port: str | None, master_port: int) 
     answers = _on_each(hosts, ["check", str(master_port)], ssh_port)
     folder = os.getcwd()
     for host, answer in answers.items():
-        if answer.code == _UNREACHABLE:
+        if answer.code == UNREACHABLE:
             raise UserError(f"{host} cannot be reached by ssh (without a password): {_last_line(answer.error)}")
         if answer.code:
             raise UserError(
@@ -52,13 +53,30 @@ def first_address(hosts: Sequence[str], ssh_port: str | None, master_port: int) 
 def end_ranks(hosts: Sequence[str], ssh_port: str | None, address: str, port: int) -> list[str]:
     """Ends what is left of a run on any of its hosts; returns those that could not be reached."""
     answers = _on_each(hosts, ["end", address, str(port)], ssh_port)
-    return [host for host, answer in answers.items() if answer.code == _UNREACHABLE]
+    return [host for host, answer in answers.items() if answer.code == UNREACHABLE]
 
 
 def _on_each(hosts: Sequence[str], words: list[str], ssh_port: str | None) -> Mapping[str, Answer]:
     """remote.py on every host at once; its text goes there, so that it need not be installed to say what is missing."""
     script = Path(__file__).with_name("remote.py").read_bytes()
     command = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([sys.executable, '-', *words])}"
+
+    def ask(host: str) -> Answer:
+        try:
+            typed = ssh_words(host, ssh_port, command)
+            done = subprocess.run(typed, input=script, capture_output=True, check=False, timeout=ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Answer(UNREACHABLE, "", f"no answer within {ANSWER_SECONDS} s")
+        # The last line: before it, a login shell may have said something of its own.
+        said = (done.stdout.decode(errors="replace").strip().splitlines() or [""])[-1]
+        return Answer(done.returncode, said, done.stderr.decode(errors="replace"))
+
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        return dict(zip(hosts, pool.map(ask, hosts), strict=True))
+
+
+def ssh_words(host: str, ssh_port: str | None, command: str) -> list[str]:
+    """`ssh HOST COMMAND` with the options that the launcher's own ssh gets, which never asks for a password."""
     options = [
         "-o",
         "BatchMode=yes",
@@ -66,21 +84,7 @@ def _on_each(hosts: Sequence[str], words: list[str], ssh_port: str | None) -> Ma
         f"ConnectTimeout={CONNECT_SECONDS}",
         *(["-p", ssh_port] if ssh_port else []),
     ]
-    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-
-    def ask(host: str) -> Answer:
-        try:
-            done = subprocess.run(
-                ["ssh", *options, host, command], input=script, capture_output=True, check=False, timeout=30
-            )
-        except subprocess.TimeoutExpired:
-            return Answer(_UNREACHABLE, "", "no answer within 30 s")
-        # The last line: before it, a login shell may have said something of its own.
-        said = (done.stdout.decode(errors="replace").strip().splitlines() or [""])[-1]
-        return Answer(done.returncode, said, done.stderr.decode(errors="replace"))
-
-    with ThreadPoolExecutor(max_workers=64) as pool:
-        return dict(zip(hosts, pool.map(ask, hosts), strict=True))
+    return ["ssh", *options, *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), host, command]
 
 
 def _last_line(text: str) -> str:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import importlib.metadata
 import json
 import os
 import socket
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import gearshift
 from gearshift.engine.endings import follow_the_first, several_hosts
 from gearshift.errors import SettingError, Told, UserError
 from gearshift.launch.config import load
+from gearshift.launch.installed import file_digests, versions
 from gearshift.launch.overrides import Arguments
+from gearshift.rlhf.differences import flat
 from gearshift.rlhf.settings import Config, RunSettings
-
-PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def join(command: str, arguments: Arguments) -> Config:
@@ -84,24 +80,9 @@ def facts_of(config: Config | None) -> dict[str, str]:
     """What must be the same on every host: versions, every file of the package, every setting."""
     from gearshift.engine.meeting import CONFIG
 
-    facts = {"Python": "{}.{}".format(*sys.version_info), "gearshift": gearshift.__version__}
-    facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    root = Path(gearshift.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        facts[f"the SHA-256 of gearshift/{path.relative_to(root)}"] = digest
+    facts = versions() | {f"the SHA-256 of gearshift/{path}": digest for path, digest in file_digests().items()}
     settings = config.model_dump(mode="json") if config else {}
-    return facts | {f"{CONFIG}{name}": text for name, text in _leaves(settings).items()}
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _leaves(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = json.dumps(value)
-    return found
+    return facts | {f"{CONFIG}{name}": json.dumps(value) for name, value in flat(settings).items()}
 
 
 def _hosts_of_launcher() -> dict[int, str]:

@@ -65,7 +65,6 @@ def launch(command: str, arguments: Arguments) -> int:
 
     assert arguments.config is not None
     config = load(command, arguments.config, arguments.overrides)
-    environment = dict(os.environ)
     if arguments.hostfile:
         hosts = chosen_hosts(arguments)
         load(command, arguments.config, arguments.overrides, ranks=sum(map(len, hosts.values())))
@@ -79,9 +78,9 @@ def launch(command: str, arguments: Arguments) -> int:
     before = _checkpoints_in(folder)
     for left in range(arguments.max_restarts, -1, -1):
         if arguments.hostfile:
-            code = _run_on_hosts(command, arguments, config, hosts, environment)
+            code = _run_on_hosts(command, arguments, config, list(hosts))
         else:
-            code = _run_here(command, arguments, ranks, devices, environment)
+            code = _run_here(command, arguments, ranks, devices)
         if code in (0, USER_ERROR, PAUSED, *(128 + number for number in ENDING)):
             return code
         print(f"gearshift {command}: the processes ended with {_meaning(code)}", file=sys.stderr)
@@ -121,10 +120,13 @@ def _ranks_here(arguments: Arguments, config: Config, devices: list[int]) -> int
     return ranks
 
 
-def _run_here(
-    command: str, arguments: Arguments, ranks: int, devices: list[int], environment: Mapping[str, str]
-) -> int:
-    environment = dict(environment)
+def _run_here(command: str, arguments: Arguments, ranks: int, devices: list[int]) -> int:
+    return run_to_end(*start_here(command, arguments, ranks, devices), OneHost())
+
+
+def start_here(command: str, arguments: Arguments, ranks: int, devices: list[int]) -> tuple[list[str], dict[str, str]]:
+    """The `launch_command` and its environment."""
+    environment = dict(os.environ)
     if devices:
         # The launcher is told by --include which GPUs; with both it drops the variable and says so.
         environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -132,7 +134,7 @@ def _run_here(
         # Said outright, DeepSpeed does not warn in every process that it found nothing better (or take up a Mac's GPU).
         environment.setdefault("DS_ACCELERATOR", "cpu")
     port = int(arguments.launcher.get("master_port", 0)) or free_port()
-    return run_to_end(launch_command(command, arguments, ranks, devices, port), environment, OneHost())
+    return launch_command(command, arguments, ranks, devices, port), environment
 
 
 def launch_command(command: str, arguments: Arguments, ranks: int, devices: list[int], port: int) -> list[str]:
@@ -161,8 +163,7 @@ def _stage_words(arguments: Arguments) -> list[str]:
 def chosen_hosts(arguments: Arguments) -> dict[str, list[int]]:
     """The hosts of the hostfile that run ranks, and the slots of each. Raises UserError."""
     assert arguments.hostfile is not None
-    options = arguments.launcher
-    launcher = options.get("launcher", "pdsh").lower()
+    options, launcher = arguments.launcher, _launcher(arguments)
     if launcher not in PROGRAMS:
         raise UserError(f"--launcher: {launcher} is unknown here: use one of {', '.join(PROGRAMS)}")
     for name in ("include", "exclude"):
@@ -183,38 +184,48 @@ def check_hosts(config: Config, hosts: Mapping[str, Sequence[int]]) -> None:
         check_tensor_parallel(config.rollout.tp_size, {host: len(slots) for host, slots in hosts.items()})
 
 
-def _run_on_hosts(
-    command: str,
-    arguments: Arguments,
-    config: Config,
-    hosts: Mapping[str, Sequence[int]],
-    environment: Mapping[str, str],
-) -> int:
-    from gearshift.launch.hosts import SeveralHosts, first_address
+def _run_on_hosts(command: str, arguments: Arguments, config: Config, names: list[str]) -> int:
+    from gearshift.launch.hosts import SeveralHosts
 
-    options, names = arguments.launcher, list(hosts)
-    launcher = options.get("launcher", "pdsh").lower()
-    address, port = names[0], int(options.get("master_port", 0)) or 29500
-    if launcher != "slurm":  # whose hosts need not let anybody in
-        address, port = first_address(names, options.get("ssh_port"), int(options.get("master_port", 0)))
-    address = options.get("master_addr", address)
-    folder = Path(config.run.folder)
-    saves = hasattr(config, "checkpoint") and bool(config.checkpoint.every)
-    job = SeveralHosts(folder, saves, names, options.get("ssh_port"), address, port, by_ssh=launcher == "pdsh")
-    words = hosts_command(command, arguments, names, address, port)
-    environment = {**environment, "MASTER_ADDR": address, "MASTER_PORT": str(port)}  # which srun hands on
-    if launcher == "pdsh" and config.run.hang_seconds:
+    words, environment = start_on_hosts(command, arguments, names)
+    job = SeveralHosts(
+        run_folder=Path(config.run.folder),
+        saves=hasattr(config, "checkpoint") and bool(config.checkpoint.every),
+        hosts=names,
+        ssh_port=arguments.launcher.get("ssh_port"),
+        address=environment["MASTER_ADDR"],
+        port=int(environment["MASTER_PORT"]),
+        by_ssh=_launcher(arguments) == "pdsh",
+    )
+    if job.by_ssh and config.run.hang_seconds:
         # Without this nobody here would ever hear that a host is cut off.
         alive = f"-o ServerAliveInterval={max(1, round(config.run.hang_seconds / 3))} -o ServerAliveCountMax=3"
         environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {alive}".strip()
     return run_to_end(words, environment, job)
 
 
+def start_on_hosts(command: str, arguments: Arguments, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The `hosts_command` and its environment, with rank 0's address and port. Raises UserError (`first_address`)."""
+    from gearshift.launch.hosts import first_address
+
+    options = arguments.launcher
+    address, port = names[0], int(options.get("master_port", 0)) or 29500
+    if _launcher(arguments) != "slurm":  # whose hosts need not let anybody in
+        address, port = first_address(names, options.get("ssh_port"), int(options.get("master_port", 0)))
+    address = options.get("master_addr", address)
+    environment = {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port)}  # which srun hands on
+    return hosts_command(command, arguments, names, address, port), environment
+
+
+def _launcher(arguments: Arguments) -> str:
+    """DeepSpeed's name, in small letters, of what starts the ranks of other hosts."""
+    return arguments.launcher.get("launcher", "pdsh").lower()
+
+
 def hosts_command(command: str, arguments: Arguments, names: Sequence[str], address: str, port: int) -> list[str]:
     """`deepspeed --hostfile ... --module gearshift.launch.COMMAND --config ...` for the hosts `names`."""
-    options = dict(arguments.launcher)
-    launcher = options.get("launcher", "pdsh").lower()
-    options |= {"master_addr": address, "master_port": str(port)}
+    launcher = _launcher(arguments)
+    options = {**arguments.launcher, "master_addr": address, "master_port": str(port)}
     if launcher == "openmpi":  # whose ranks are told by nobody else
         told = shlex.join(["-x", f"MASTER_ADDR={address}", "-x", f"MASTER_PORT={port}"])
         options["launcher_args"] = f"{options.get('launcher_args', '')} {told}".strip()

@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
                     raise UserError(f"{word} needs a value: {word} VALUE (or {word}=VALUE where it begins with --)")
                 value = rest.pop(0)
             _set_option(arguments, name, value)
-    _check_launcher(arguments)
+    check_launcher(arguments)
     return arguments
 
 
@@ -79,7 +79,8 @@ def _set_option(arguments: Arguments, name: str, value: str) -> None:
         raise UserError(f"--{name} is not an option: settings are --section.field value, see --help for all of them")
 
 
-def _check_launcher(arguments: Arguments) -> None:
+def check_launcher(arguments: Arguments) -> None:
+    """Raises UserError for options of the launcher that cannot be, or not together."""
     given = arguments.launcher
     alone = [name for name in given if name != "master_port"]
     if alone and arguments.hostfile is None:

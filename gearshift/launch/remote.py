@@ -23,8 +23,16 @@ def check(port: int) -> None:
             print("in use")
             return
         free = probe.getsockname()[1]
-    addresses = subprocess.run(["hostname", "-I"], stdout=subprocess.PIPE, check=False).stdout.decode().split()
-    print(addresses[0] if addresses else "-", free)
+    print(address() or "-", free)
+
+
+def address() -> str:
+    """What DeepSpeed's launcher takes for the first host's address; empty where `hostname -I` does not say."""
+    try:
+        told = subprocess.run(["hostname", "-I"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    except OSError:
+        return ""
+    return (told.decode().split() or [""])[0]
 
 
 def of_the_run(address: str, port: int) -> "list[int]":
@@ -59,7 +67,8 @@ def end(address: str, port: int) -> None:
     print(first)
 
 
-if sys.argv[1] == "check":
-    check(int(sys.argv[2]))
-else:
-    end(sys.argv[2], int(sys.argv[3]))
+if __name__ == "__main__":
+    if sys.argv[1] == "check":
+        check(int(sys.argv[2]))
+    else:
+        end(sys.argv[2], int(sys.argv[3]))

@@ -45,7 +45,7 @@ def command_of(config: PretrainConfig | PpoConfig) -> str:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(field, saved value, present value) of every field that differs; None where one of them lacks it."""
-    before, after = dict(_flat(saved)), dict(_flat(now))
+    before, after = flat(saved), flat(now)
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field) and not _under(field, SILENT):
             yield field, before.get(field), after.get(field)
@@ -82,9 +82,12 @@ def _under(field: str, names: tuple[str, ...]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"ppo": {"clip": 0.2}} -> {"ppo.clip": 0.2}; a section without fields is a value itself."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            found[f"{prefix}{name}"] = value
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gearshift.engine import World
+from gearshift.engine import World, endings, meeting
 from gearshift.engine.endings import code_of_the_first, is_lost_connection, may_speak, own_store
 from gearshift.engine.meeting import CONFIG, Card, Meeting, interface_towards, meet, what_is_wrong
 from gearshift.errors import Told, UserError
@@ -136,3 +138,43 @@ def test_lost_connections(error: Exception, lost: bool) -> None:
 
 def test_no_card_leads_to_the_loopback() -> None:
     assert interface_towards("127.0.0.1") is None
+
+
+def test_the_card_that_has_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else the card has: an address of IPv6, its own number."""
+    import psutil
+
+    class Probe(socket.socket):
+        def connect(self, address: object) -> None: ...
+
+        def getsockname(self) -> Any:
+            return ("10.0.0.2", 1)
+
+    def card(*addresses: str) -> list[Any]:
+        return [SimpleNamespace(address=address) for address in addresses]
+
+    cards = {"lo": card("127.0.0.1"), "eth0": card("10.0.0.1"), "eth1": card("10.0.0.2", "fe80::1")}
+    monkeypatch.setattr(socket, "socket", Probe)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: cards)
+    assert interface_towards("10.0.0.9") == "eth1"
+
+
+@pytest.mark.parametrize(("local_rank", "kind"), [("0", UserError), ("1", Told)])
+def test_one_rank_of_a_host_tells_that_rank_0_is_silent(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, kind: type[UserError]
+) -> None:
+    for name, value in {"LOCAL_RANK": local_rank, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert type(meeting._no_answer(3, "b", 1.0)) is kind
+
+
+@pytest.mark.parametrize(("rank", "local_size", "waits"), [("0", "1", True), ("1", "1", False), ("0", "2", False)])
+def test_rank_0_stays_until_others_know(
+    monkeypatch: pytest.MonkeyPatch, rank: str, local_size: str, waits: bool
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": local_size}.items():
+        monkeypatch.setenv(name, value)
+    endings.linger()
+    assert [seconds > 2 * endings.FOLLOW_SECONDS for seconds in waited] == [True] * waits

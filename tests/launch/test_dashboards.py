@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gearshift.launch.config import load
-from gearshift.launch.dashboards import flat, markdown
+from gearshift.launch.dashboards import markdown, settings_of
 from gearshift.launch.tracking import Tracker
 from tests.run_folder import unnamed
 
@@ -133,9 +133,9 @@ def test_files_that_the_page_does_not_name_are_found(tmp_path: Path) -> None:
     assert unnamed(tmp_path) == ["best/a/b", "checkpoints/other", "model/other.bin", "other.txt"]
 
 
-def test_flat_config() -> None:
-    assert flat({"ppo": {"kl": {"coef": 0.02}, "betas": [1, 2], "x": None}}) == {
-        "ppo.kl.coef": 0.02,
-        "ppo.betas": "[1, 2]",
-        "ppo.x": "None",
-    }
+def test_settings_are_numbers_and_text(here: Path) -> None:
+    settings = settings_of(load("ppo", write(example("ppo"))))
+    assert settings["ppo.kl.coef"] == 0.02
+    assert settings["data.train"] == "['prompts.jsonl']"
+    assert settings["run.ranks"] == "None"
+    assert settings["deepspeed"] == "{}"

@@ -12,10 +12,12 @@ import pytest
 from packaging.requirements import Requirement
 
 from gearshift.launch.cli import main
-from gearshift.launch.doctor import devices, hosts, machine, software
+from gearshift.launch.doctor import all_reduce, devices, hosts, machine, software
 from gearshift.launch.doctor.all_reduce import cause_in, sum_finding
 from gearshift.launch.doctor.findings import NOTE, OK, WRONG, Finding
 from gearshift.launch.doctor.probe import connect, interfaces
+from gearshift.launch.joining import facts_of
+from gearshift.launch.overrides import Arguments
 
 from . import fake_ssh
 
@@ -69,9 +71,22 @@ def test_locks_are_looked_for_where_torch_builds(tmp_path: Path, monkeypatch: py
     assert [found.level for found in software.extension_findings(own)] == [OK]
 
 
-def test_the_same_code_has_the_same_digest() -> None:
-    assert software.code_digest() == software.code_digest()
-    assert len(software.code_digest()) == 12
+def test_what_hosts_have_alike() -> None:
+    """The doctor compares what a run does: versions, and every file of the package, here as one digest."""
+    shown = facts_of(None)
+    found = software.versions()
+    assert {name: shown[name] for name in ("Python", "gearshift", "torch", "tokenizers")}.items() <= found.items()
+    assert "the SHA-256 of gearshift/launch/joining.py" in shown
+
+
+@pytest.mark.parametrize("change", ["text", "name"])
+def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    (tmp_path / "a.py").write_text("one")
+    monkeypatch.setattr("gearshift.__file__", str(tmp_path / "__init__.py"))
+    before = software.versions()["code of gearshift"]
+    assert software.versions()["code of gearshift"] == before
+    (tmp_path / "a.py").write_text("two") if change == "text" else (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert software.versions()["code of gearshift"] != before
 
 
 @pytest.mark.parametrize(
@@ -131,9 +146,9 @@ def test_a_gpu_that_others_use_and_backends() -> None:
 
 def test_a_sum_over_ranks() -> None:
     told = {"ranks": 4, "backend": "gloo", "sum": 10.0, "seconds": 0.01}
-    assert sum_finding("all-reduce", told, 4).found == "4 ranks over gloo, 4 MB in 10.0 ms"
-    assert sum_finding("all-reduce", {**told, "sum": 6.0}, 4).level == WRONG
-    assert sum_finding("all-reduce", {**told, "ranks": 2}, 4).level == WRONG
+    assert sum_finding(told, 4).found == "4 ranks over gloo, 4 MB in 10.0 ms"
+    assert sum_finding({**told, "sum": 6.0}, 4).level == WRONG
+    assert sum_finding({**told, "ranks": 2}, 4).level == WRONG
     said = (
         "[INFO] x\nbeta: torch.DistNetworkError: port: 29500, EADDRINUSE\npdsh@vm: beta: ssh exited with exit code 1\n"
     )
@@ -221,6 +236,26 @@ def test_this_machine_is_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[-1].startswith("0 would break a run, ")
     for what in ("python", "torch", "deepspeed", "devices", "backends", "C library", "run folder", "open files"):
         assert any(line[6:].startswith(what) for line in lines), what
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--include", "a"], "--include is for several hosts: give --hostfile HOSTS with it"),
+        (["--hostfile", "hosts", "--master_port", "many"], "--master_port: should be a port, 1 to 65535, not 'many'"),
+    ],
+)
+def test_options_of_the_launcher_are_checked_as_for_a_run(
+    capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["doctor", "--quick", *words]) == 2
+    assert capsys.readouterr() == ("", f"gearshift doctor: {says}\n")
+
+
+def test_a_sum_that_cannot_be_started_is_a_finding(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{fake_ssh.write(here / 'bin')}:{os.environ['PATH']}")
+    found = all_reduce.finding(Arguments(hostfile="hosts"), ["gone"], 1, [])
+    assert found.line().startswith("WRONG all-reduce        not started: gone cannot be reached by ssh")
 
 
 def test_hosts_behind_ssh(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

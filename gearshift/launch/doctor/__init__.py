@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gearshift.launch.doctor.findings import NOTE, WRONG, Finding, note
-from gearshift.launch.overrides import LAUNCHER, Arguments
+from gearshift.launch.overrides import LAUNCHER, Arguments, check_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints one line for each check; returns 1 when something would break a run, else 0."""
+    """Prints one line for each check; returns 1 when something would break a run, else 0. Raises UserError."""
     parser = argparse.ArgumentParser(prog="gearshift doctor", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--hostfile", help="the hosts of a run, as the launcher takes them: HOST slots=N a line")
     parser.add_argument("--run-folder", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     launcher = {name: value for name in LAUNCHER if (value := getattr(options, name)) is not None}
     arguments = Arguments(config="none", hostfile=options.hostfile, launcher=launcher)
+    check_launcher(arguments)
     found = []
     for finding in checks(arguments, options.run_folder, options.quick):
         print(finding.line(), flush=True)

@@ -15,10 +15,8 @@ from typing import Any
 from gearshift.errors import Told, UserError
 from gearshift.launch.doctor.findings import Finding, ok, wrong
 from gearshift.launch.environment import adopt_launcher, prepare_environment
-from gearshift.launch.hosts import first_address
-from gearshift.launch.launcher import hosts_command, launch_command
+from gearshift.launch.launcher import start_here, start_on_hosts
 from gearshift.launch.overrides import Arguments
-from gearshift.launch.processes import free_port
 
 MARK = "gearshift-all-reduce "
 # The first start on the CPU compiles DeepSpeed's collectives: half a minute of a free core.
@@ -29,30 +27,26 @@ ELEMENTS = 1 << 20
 
 def finding(arguments: Arguments, hosts: list[str], ranks: int, devices: list[int]) -> Finding:
     """Starts `ranks` processes as a run does, on `devices` or over `hosts`, and waits for their sum."""
-    what, module, environment = "all-reduce", "doctor.all_reduce", dict(os.environ)
-    if hosts:
-        options = arguments.launcher
-        address, port = first_address(hosts, options.get("ssh_port"), int(options.get("master_port", 0)))
-        address = options.get("master_addr", address)
-        words = hosts_command(module, arguments, hosts, address, port)
-        environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    else:
-        words = launch_command(module, arguments, ranks, devices, free_port())
-        if devices:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher is told by --include which
-        else:
-            environment.setdefault("DS_ACCELERATOR", "cpu")
+    what, module = "all-reduce", "doctor.all_reduce"
+    try:
+        words, environment = (
+            start_on_hosts(module, arguments, hosts) if hosts else start_here(module, arguments, ranks, devices)
+        )
+    except UserError as error:
+        return wrong(what, "not started", str(error))
     code, out, err = _run(words, environment, SECONDS + 30.0)
     line = next((line.split(MARK, 1)[1] for line in out.splitlines() if MARK in line), None)
     if line is not None:
-        return sum_finding(what, json.loads(line), ranks)
+        return sum_finding(json.loads(line), ranks)
     print(err, end="", file=sys.stderr)
     late = code is None or code == 256 - signal.SIGALRM  # as DeepSpeed's launcher passes on a rank's signal
     ended = f"no sum after {SECONDS} s" if late else f"the processes ended with exit code {code}"
     return wrong(what, f"{ended}: {cause_in(err)}", "what they said is on standard error; NCCL_DEBUG=INFO tells more")
 
 
-def sum_finding(what: str, found: dict[str, Any], ranks: int) -> Finding:
+def sum_finding(found: dict[str, Any], ranks: int) -> Finding:
+    """`found`: what rank 0 printed: "ranks", "backend", "sum", "seconds" (of the second sum)."""
+    what = "all-reduce"
     told = f"{found['ranks']} ranks over {found['backend']}, 4 MB in {1e3 * found['seconds']:.1f} ms"
     if found["ranks"] != ranks:
         return wrong(what, told, f"{ranks} ranks were asked for")

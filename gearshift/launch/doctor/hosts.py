@@ -15,6 +15,7 @@ from gearshift.launch.doctor import software
 from gearshift.launch.doctor.findings import OK, Finding, note, ok, wrong
 from gearshift.launch.doctor.machine import nearest
 from gearshift.launch.doctor.session import Session, Unreachable
+from gearshift.launch.hosts import UNREACHABLE
 
 SKEW_SECONDS = 2.0
 
@@ -28,7 +29,7 @@ def findings(asked: Mapping[str, int], run_folder: Path, ssh_port: str | None) -
         told = pool.map(lambda h: _answer(lambda: sessions[h].ask("facts", **question, ranks=asked[h])), asked)
         answers = dict(zip(asked, told, strict=True))
         reached = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
-        here = software.versions() | {"code of gearshift": software.code_digest()}
+        here = software.versions()
         for host, answer in answers.items():
             if isinstance(answer, Unreachable):
                 yield unreachable_finding(host, answer.code, str(answer))
@@ -67,8 +68,8 @@ def _token(run_folder: Path) -> Iterator[Path]:
 
 
 def unreachable_finding(host: str, code: int | None, said: str) -> Finding:
-    """`code`: of ssh, 255 of itself, else of what it should have run."""
-    if code == 255:
+    """`code`: of ssh, `UNREACHABLE` of itself, else of what it should have run."""
+    if code == UNREACHABLE:
         return wrong(
             host, f"ssh: {said}", f"`ssh {host} true` must work without a password or a question (ssh-copy-id)"
         )

@@ -5,14 +5,10 @@ It answers one request a line, JSON after `MARK` (a login shell may print lines 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import platform
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import threading
 import time
@@ -21,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gearshift.launch import remote
+
 MARK = "gearshift-probe "
 CONNECT_SECONDS = 5.0
 # Whatever becomes of the other end, no probe is left behind longer than this.
 LONGEST_SECONDS = 600
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def main() -> None:
@@ -49,8 +46,7 @@ def facts(run_folder: Path, ranks: int, token: str, port: int) -> dict[str, Any]
 
     gpus = len(visible_gpus())
     return {
-        "versions": software.versions() | {"code of gearshift": software.code_digest()},
-        "machine": platform.machine(),
+        "versions": software.versions(),
         "gpus": gpus,
         "findings": [vars(found) for found in machine.findings(run_folder, ranks, bool(gpus))],
         "sees_token": Path(token).exists(),
@@ -61,26 +57,21 @@ def facts(run_folder: Path, ranks: int, token: str, port: int) -> dict[str, Any]
 
 
 def interfaces() -> dict[str, str]:
-    """Name -> IPv4 address, of those that have one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found[name] = socket.inet_ntoa(answer[20:24])
-            except OSError:  # it has none
-                continue
+    """Name -> first IPv4 address, of those that have one."""
+    import psutil  # DeepSpeed's own requirement
+
+    found: dict[str, str] = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family == socket.AF_INET:
+                found.setdefault(name, one.address)
     return found
 
 
 def address() -> str:
-    """The one that DeepSpeed's launcher takes for the first host: `hostname -I`'s first."""
-    try:
-        words = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-    except OSError:
-        words = []
+    """The one that DeepSpeed's launcher takes for the first host, or any that does not lead back here."""
     others = (found for found in interfaces().values() if not found.startswith("127."))
-    return words[0] if words else next(others, "127.0.0.1")
+    return remote.address() or next(others, "127.0.0.1")
 
 
 def connect_all(targets: list[list[Any]]) -> list[dict[str, Any]]:

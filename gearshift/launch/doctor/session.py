@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gearshift.launch.doctor.probe import MARK
+from gearshift.launch.hosts import ssh_words
 
 ANSWER_SECONDS = 90.0
 
@@ -25,26 +26,22 @@ class Unreachable(Exception):
         self.code = code
 
 
-def remote_words(host: str, port: str | None) -> list[str]:
-    """The same interpreter in the same folder with the same PYTHON... variables, as the launcher starts its own."""
+def _command() -> str:
+    """The probe by the same interpreter in the same folder with the same PYTHON... variables as a rank."""
     exports = [f"{name}={shlex.quote(value)}" for name, value in os.environ.items() if name.startswith("PYTHON")]
     python = [shlex.quote(sys.executable), "-m", "gearshift.launch.doctor.probe"]
-    command = " ".join(["cd", shlex.quote(os.getcwd()), "&&", "exec", "env", *exports, *python])
-    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else [])]
-    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    return ["ssh", *options, host, command]
+    return " ".join(["cd", shlex.quote(os.getcwd()), "&&", "exec", "env", *exports, *python])
 
 
 class Session:
     """Ask one thing at a time; ends with the `with` block."""
 
-    def __init__(self, host: str, port: str | None = None):
-        self.host = host
+    def __init__(self, host: str, ssh_port: str | None):
         self.printed: list[str] = []  # what the host's login shell says before any command runs
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            remote_words(host, port), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            errors="replace", start_new_session=True,
+            ssh_words(host, ssh_port, _command()), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
 
     def ask(self, what: str, **more: Any) -> Any:

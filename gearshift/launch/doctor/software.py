@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gearshift.launch.doctor.findings import Finding, note, ok, wrong
+from gearshift.launch.installed import file_digests, installed
+from gearshift.launch.installed import versions as installed_versions
 
-# Compared between hosts: ranks of different versions disagree on what they send each other.
-COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "safetensors", "tokenizers")
 # What an optional package is for, by the extra that brings it.
 EXTRAS = {
     "flash": "flash attention on GPUs (rollout.attention: flash)",
@@ -29,26 +29,9 @@ STALE = 1800.0
 
 
 def versions() -> dict[str, str]:
-    """Of Python and what every host must have alike; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    return found | {name: version for name in COMPARED if (version := installed(name)) is not None}
-
-
-def installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def code_digest() -> str:
-    """Of Gearshift's own files, whatever their times and places: hosts with the same digest run the same code."""
-    import gearshift
-
-    root, digest = Path(gearshift.__file__).parent, hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c", ".h")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """What every host must have alike, all of Gearshift's own files as one digest."""
+    code = hashlib.sha256(json.dumps(file_digests()).encode()).hexdigest()[:12]
+    return installed_versions() | {"code of gearshift": code}
 
 
 def python_finding(version: tuple[int, ...], executable: str) -> Finding:
