@@ -43,6 +43,8 @@ from gearshift.engine.room import position_bytes
 
 Way = Callable[[Prompts, int], None]
 
+STAMP = (0, False)  # the weights are of no training: they never change
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,7 +104,7 @@ def fill(replica: Replica, model: Any) -> None:
     weights = dict(model.named_parameters())
     for name, own in replica.slices.items():
         own.copy_(weights[name])
-    replica.stamp = (0, False)
+    replica.stamp = STAMP
 
 
 @torch.no_grad()
@@ -113,7 +115,8 @@ def generate(model: Any, prompts: Prompts, new_tokens: int) -> None:
 
 
 def roll_out(replica: Replica, world: World, prompts: Prompts, new_tokens: int) -> None:
-    Generator(replica, world, None, 0).generate(prompts, Sampling(new_tokens, eos_ids=()))
+    generator = Generator(replica, world, None, STAMP)
+    generator.generate(prompts, Sampling(new_tokens, eos_ids=()))
 
 
 def measure(
