@@ -10,7 +10,6 @@ PPO needs.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +32,7 @@ from benchmarks.kernels.measuring import Results, Variant, compiled, forget_comp
 from benchmarks.kernels.report import Report
 from gearshift.kernels import linear_logprob
 
-DESIGNS = ("chunked", "persistent")
+OURS = "gearshift"
 PLAIN = "log_softmax + gather"
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     report = Report("linear_logprob", options)
     for vocabulary in options.vocabularies:
         forget_compiled()
-        shape, ours = shape_of(options, vocabulary), own_name(options)
+        shape = shape_of(options, vocabulary)
         hidden, weight = head(options, vocabulary)
         targets = targets_of(options, vocabulary)
         results = {}
@@ -52,9 +51,9 @@ def main() -> None:
         ):
             variants = [floor, *variants_of(options, hidden, weight, targets, one_pass)]
             results[of] = measure(variants, options.repeats, options.device, options.compile_limit)
-            report.add(shape, of, results[of], base=floor.name, same_as=ours)
+            report.add(shape, of, results[of], base=floor.name, same_as=OURS)
         if vocabulary == max(options.vocabularies):
-            state_figures(report, options, ours, shape, results)
+            state_figures(report, options, shape, results)
     report.finish(axis="V")
 
 
@@ -64,9 +63,8 @@ def variants_of(
 ) -> Iterator[Variant]:  # fmt: skip
     logits = 4 * targets.numel() * weight.shape[0]
     for entropy in (False, True):
-        for design in designs(options):
-            run = one_pass(ours(targets, entropy), hidden, weight)
-            yield Variant(full_name(design, entropy), with_design(design, run), comparable=not entropy)
+        run = one_pass(ours(targets, entropy), hidden, weight)
+        yield Variant(OURS + (" + entropy" if entropy else ""), run, comparable=not entropy)
     for name, function in peers(options.device, targets):
         run = one_pass(function, hidden, weight)
         # The logits, their log-softmax and both gradients, in fp32.
@@ -83,45 +81,6 @@ def ours(targets: Tensor, entropy: bool) -> Function:
         return logprobs if entropies is None else logprobs + entropies  # so that backward is of both
 
     return run
-
-
-def designs(options: argparse.Namespace) -> tuple[str | None, ...]:
-    """The two of the GPU; the persistent one is for half precision."""
-    if options.device.type == "cpu":
-        return (None,)
-    return DESIGNS if options.dtype != torch.float32 else ("chunked",)
-
-
-def with_design(design: str | None, run: Callable[[], Any]) -> Callable[[], Any]:
-    if design is None:
-        return run
-    from gearshift.kernels.linear_logprob_triton import OVERRIDE
-
-    def with_variable() -> Any:
-        before = os.environ.get(OVERRIDE)
-        os.environ[OVERRIDE] = design
-        try:
-            return run()
-        finally:
-            os.environ.pop(OVERRIDE)
-            if before is not None:
-                os.environ[OVERRIDE] = before
-
-    return with_variable
-
-
-def full_name(design: str | None, entropy: bool) -> str:
-    return "gearshift" + (f" {design}" if design else "") + (" + entropy" if entropy else "")
-
-
-def own_name(options: argparse.Namespace) -> str:
-    """The variant that a caller gets: the design that the table, or the variable, chooses."""
-    if options.device.type == "cpu":
-        return full_name(None, False)
-    from gearshift.kernels.linear_logprob_triton import design
-
-    chosen = design(torch.empty(0, device=options.device))
-    return full_name(chosen if chosen in designs(options) else "chunked", False)
 
 
 # --- peers: functions of hidden and weight that return log-probs, or losses ------------------------------------------
@@ -189,14 +148,14 @@ def of_flash_attention(targets: Tensor) -> Iterator[tuple[str, Function]]:
 
 
 def state_figures(
-    report: Report, options: argparse.Namespace, ours: str, shape: dict[str, Any], results: dict[str, Results]
+    report: Report, options: argparse.Namespace, shape: dict[str, Any], results: dict[str, Results]
 ) -> None:
     on_cpu = options.device.type == "cpu"
     one, both = results["forward"], results["forward+backward"]
-    report.at_most("forward / product", one.ratio(ours, "1 product"), 1.0 if on_cpu else 1.2, shape, "x")
+    report.at_most("forward / product", one.ratio(OURS, "1 product"), 1.0 if on_cpu else 1.2, shape, "x")
     bound = 1.35 if on_cpu else 1.6
-    report.at_most("forward+backward / 3 products", both.ratio(ours, "3 products"), bound, shape, "x")
-    report.at_most(f"peak memory / {PLAIN}", peak_ratio(both, ours, PLAIN), 0.5, shape, "x")
+    report.at_most("forward+backward / 3 products", both.ratio(OURS, "3 products"), bound, shape, "x")
+    report.at_most(f"peak memory / {PLAIN}", peak_ratio(both, OURS, PLAIN), 0.5, shape, "x")
 
 
 def peak_ratio(results: Results, name: str, base: str) -> float | None:

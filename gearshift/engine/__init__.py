@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gearshift.engine.batches import Episodes, PackedBatch, Prompts, Rollouts, Rows, TokenBatch
+    from gearshift.engine.batches import Episodes, Prompts, Rollouts, Rows, TokenBatch
     from gearshift.engine.causal import CausalModel
     from gearshift.engine.distributed import World, init_distributed
     from gearshift.engine.hybrid import HybridEngine
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Episodes": "batches",
-    "PackedBatch": "batches",
     "Prompts": "batches",
     "Rollouts": "batches",
     "Rows": "batches",
@@ -37,7 +36,6 @@ __all__ = [
     "CausalModel",
     "Episodes",
     "HybridEngine",
-    "PackedBatch",
     "Prompts",
     "RewardModel",
     "Rollouts",

@@ -29,6 +29,11 @@ class Rows:
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
     @property
+    def sizes(self) -> Tensor:
+        """[B] int64: tokens of each row that a forward has to compute, 1 or more."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how long its rows are")
+
+    @property
     def loss_count(self) -> Tensor:
         """How many terms a mean loss over these rows has; summed over ranks before it divides."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
@@ -45,24 +50,14 @@ class TokenBatch(Rows):
     targets: Tensor
 
     @property
+    def sizes(self) -> Tensor:
+        """Up to each row's last target: in a causal model nothing before it can see what follows."""
+        columns = torch.arange(1, self.targets.shape[1] + 1, device=self.targets.device)
+        return (columns * (self.targets != -100)).amax(1).clamp(min=1)
+
+    @property
     def loss_count(self) -> Tensor:
         return (self.targets != -100).sum()
-
-    def trimmed(self) -> Self:
-        """Without the columns after the last target: in a causal model nothing before them can see them."""
-        wanted = (self.targets != -100).any(0).nonzero()
-        width = int(wanted[-1]) + 1 if len(wanted) else 1
-        return type(self)(**{f.name: getattr(self, f.name)[:, :width] for f in dataclasses.fields(self)})
-
-
-@dataclass(frozen=True)
-class PackedBatch(TokenBatch):
-    """Rows of several sequences one after another, none of which attends to another.
-
-    `positions [B, S]` int64: of each token in its own sequence; a sequence begins where they restart at 0.
-    """
-
-    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,10 @@ class Rollouts(Prompts):
     logprobs: Tensor
     mask: Tensor
     finished: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        return self.lengths + self.mask.sum(1)
 
     @property
     def loss_count(self) -> Tensor:
@@ -120,8 +119,8 @@ def join_responses(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     Returns `tokens [B, S]` (0 after the end) and `positions [B, L]`: the position *before* each response token,
     from which its log-prob and its value are read (0 where masked).
     """
-    prompt_len, response_len = rollouts.lengths, rollouts.mask.sum(1)
-    total = int((prompt_len + response_len).max()) if len(rollouts) else 1
+    prompt_len = rollouts.lengths
+    total = int(rollouts.sizes.max()) if len(rollouts) else 1
     device = rollouts.tokens.device
     tokens = torch.zeros(len(rollouts), total, dtype=torch.int64, device=device)
     columns = torch.arange(rollouts.tokens.shape[1], device=device)

@@ -15,7 +15,6 @@ from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head,
 from gearshift.engine.loading import load_module
 from gearshift.engine.settings import LoraSettings
 from gearshift.engine.zero import Training, ZeroModel
-from gearshift.errors import SettingError
 
 
 class CausalModel(ZeroModel):
@@ -29,6 +28,7 @@ class CausalModel(ZeroModel):
         *,
         dtype: torch.dtype,
         micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
         training: Training | None = None,
         config: Any = None,
         seed: int = 0,
@@ -63,6 +63,7 @@ class CausalModel(ZeroModel):
             world,
             training=training,
             micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
             deepspeed_extra=deepspeed_extra,
             **more,
         )
@@ -75,45 +76,29 @@ class CausalModel(ZeroModel):
         targets: Tensor,
         temperature: float = 1.0,
         entropy: bool = False,
-        positions: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """tokens, targets [B, S] -> log-probs [B, S] fp32 of the targets (0 where -100), entropy [B, S] or None.
 
-        `positions [B, S]`: where rows hold several sequences each, see `PackedBatch`.
+        `lengths [B]`: tokens of each row that have to be computed, to be packed where the model packs; None: all.
         """
-        result = self.engine(tokens, targets=targets, temperature=temperature, entropy=entropy, positions=positions)
-        return result[0], result[1] if entropy else None
-
-    @torch.no_grad()
-    def check_packing(self) -> None:
-        """Two sequences in one row against each alone. Raises SettingError when one sees the other. Collective."""
-        first, second = 7, 9
-        tokens = torch.arange(first + second, device=self.world.device) * 31 % lm_head_of(self.module).out_features
-        targets = tokens.roll(-1)
-        positions = torch.cat([torch.arange(first), torch.arange(second)]).to(tokens.device)
-        parts = (slice(first), slice(first, None))
-        apart = [self.forward(tokens[None, part], targets[None, part])[0] for part in parts]
-        try:
-            packed = self.forward(tokens[None], targets[None], positions=positions[None])[0]
-        except TypeError:  # a family whose positions are not an argument
-            gap, bound = float("inf"), 0.0
-        else:
-            alone = torch.cat(apart, dim=1)
-            gap = float((packed - alone).abs().max())
-            bound = max(1.0, float(alone.abs().max())) * (1e-5 if self.dtype == torch.float32 else 2e-2)
-        if not gap <= bound:
-            raise SettingError(
-                "train.pack",
-                f"in a {type(self.module).__name__} sequences that share a row are not kept apart (log-probs differ by "
-                f"{gap:.2g}): leave it out",
+        rows = self.rows(lengths, tokens.shape[1])
+        with rows.apart():
+            result = self.engine(
+                rows.join(tokens),
+                targets=rows.join(targets),
+                temperature=temperature,
+                entropy=entropy,
+                positions=rows.positions,
             )
+        return rows.spread(result[0]), rows.spread(result[1]) if entropy else None
 
     def response_logprobs(
         self, rollouts: Rollouts, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [B, L] fp32 of the response tokens (0 where masked), and the entropy there; differentiable."""
         tokens, targets, positions = response_targets(rollouts)
-        logprobs, entropies = self.forward(tokens, targets, temperature, entropy)
+        logprobs, entropies = self.forward(tokens, targets, temperature, entropy, rollouts.sizes)
 
         def at_responses(values: Tensor) -> Tensor:
             return values.gather(1, positions) * rollouts.mask
@@ -128,9 +113,9 @@ class CausalModel(ZeroModel):
         """The model that the adapters were added to: a reference that needs no second copy."""
         return WithoutAdapters(self)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] -> last hidden states [B, S, H]."""
-        hidden: Tensor = self.engine(tokens, hidden_states=True)
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> last hidden states [B, S, H]; `positions [B, S]`: of a packed row."""
+        hidden: Tensor = self.engine(tokens, hidden_states=True, positions=positions)
         return hidden
 
     def against(
@@ -146,14 +131,25 @@ class CausalModel(ZeroModel):
         import deepspeed
 
         head = lm_head_of(reference.module)
+        both_pack = self.packs and reference.packs
 
         def compare(micro: Rollouts) -> Tensor:
             tokens, targets, positions = response_targets(micro)
-            hidden = reference.hidden_states(tokens)
-            with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            rows = self.rows(micro.sizes if both_pack else None, tokens.shape[1])
+            tokens, targets = rows.join(tokens), rows.join(targets)
+            with rows.apart():
+                hidden = reference.hidden_states(tokens, rows.positions)
+            with deepspeed.zero.GatheredParameters(list(head.parameters())), rows.apart():
                 held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
-                found = self.engine(tokens, targets=targets, temperature=temperature, reference=held_against)
-            return torch.stack([values.gather(1, positions) * micro.mask for values in found], dim=-1)
+                found = self.engine(
+                    tokens,
+                    targets=targets,
+                    temperature=temperature,
+                    reference=held_against,
+                    positions=rows.positions,
+                )
+            spread = (rows.spread(values) for values in found)
+            return torch.stack([values.gather(1, positions) * micro.mask for values in spread], dim=-1)
 
         logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
         return logprobs, ref_logprobs, kl
@@ -170,7 +166,12 @@ class WithoutAdapters:
         with adapters_off(self.module):
             return self._model.logprobs(rollouts, temperature)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    @property
+    def packs(self) -> bool:
+        """As `CausalModel.packs`."""
+        return self._model.packs
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """As `CausalModel.hidden_states`, without gradients."""
         with adapters_off(self.module), torch.no_grad():
-            return self._model.hidden_states(tokens)
+            return self._model.hidden_states(tokens, positions)

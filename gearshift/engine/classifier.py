@@ -25,6 +25,10 @@ class Texts(Rows):
     lengths: Tensor
     kinds: Tensor
 
+    @property
+    def sizes(self) -> Tensor:
+        return self.lengths
+
 
 class Classifier(ZeroModel):
     """A frozen classifier with one output, of any family: `score` of texts in its own tokens.
@@ -43,6 +47,7 @@ class Classifier(ZeroModel):
         *,
         dtype: torch.dtype,
         micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
         deepspeed_extra: dict[str, Any] | None = None,
     ) -> Self:
         """From a folder or hub name. Raises SettingError, naming reward.init, for a model with several outputs."""
@@ -56,7 +61,14 @@ class Classifier(ZeroModel):
         causal = isinstance(getattr(module, "score", None), nn.Linear)
         if causal:
             bind_value_head(module)
-        model = cls(module, world, training=None, micro_batch_size=micro_batch_size, deepspeed_extra=deepspeed_extra)
+        model = cls(
+            module,
+            world,
+            training=None,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            deepspeed_extra=deepspeed_extra,
+        )
         model.causal = causal
         return model
 
@@ -84,14 +96,28 @@ class Classifier(ZeroModel):
             )
         return self.map(self._causal if self.causal else self._own, texts)
 
+    @property
+    def packs(self) -> bool:
+        """Encoders read their texts padded."""
+        return self.causal and self._keeps_apart
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Of a decoder: the values at every position."""
+        values: Tensor = self.engine(tokens, positions)
+        return values
+
     def _causal(self, texts: Texts) -> Tensor:
-        values: Tensor = self.engine(texts.tokens)
+        width = int(texts.lengths.max())
+        rows = self.rows(texts.lengths, width)
+        with rows.apart():
+            values = rows.spread(self.hidden_states(rows.join(texts.tokens[:, :width]), rows.positions))
         return values.gather(1, texts.lengths[:, None] - 1)[:, 0]
 
     def _own(self, texts: Texts) -> Tensor:
-        columns = torch.arange(texts.tokens.shape[1], device=texts.tokens.device)
-        inputs = {"input_ids": texts.tokens, "attention_mask": (columns < texts.lengths[:, None]).long()}
+        columns = torch.arange(int(texts.lengths.max()), device=texts.tokens.device)
+        mask = (columns < texts.lengths[:, None]).long()
+        inputs = {"input_ids": texts.tokens[:, : len(columns)], "attention_mask": mask}
         if bool(getattr(self.config, "type_vocab_size", 0)):
-            inputs["token_type_ids"] = texts.kinds
+            inputs["token_type_ids"] = texts.kinds[:, : len(columns)]
         logits: Tensor = self.engine(**inputs).logits
         return logits[:, 0].float() - float(getattr(self.config, "reward_bias", 0.0))

@@ -72,9 +72,9 @@ def bind_logprob_head(model: Any) -> None:
 
     It gives (log-probs,), or (log-probs, entropy) with `entropy`; with a `reference` (log-probs, the reference's
     log-probs, exact KL to it). With `hidden_states` instead of targets it gives those `[B, S, H]`.
-    `positions` are those of packed sequences (`PackedBatch`): `transformers` keeps them apart by where these restart.
-    Called with none of these the model is what it was. Rows are right-padded and the model causal, so no attention mask
-    is needed: what stands after a row's end cannot reach the positions before it.
+    `positions` are those of packed sequences, see `engine.packing`. Called with none of these the model is what it was.
+    Rows are right-padded and the model causal, so no attention mask is needed: what stands after a row's end cannot
+    reach the positions before it.
     """
     head = lm_head_of(model)
     transform = LogitTransform.of(model.config)
@@ -158,15 +158,16 @@ def value_head_of(model: nn.Module) -> nn.Linear:
 
 
 def bind_value_head(model: Any) -> None:
-    """Give a sequence-classification model the forward `(tokens)` -> values `[B, S]` fp32.
+    """Give a sequence-classification model the forward `(tokens, positions)` -> values `[B, S]` fp32.
 
     The head is applied at every position, so that nobody has to guess a row's end from a pad token, and
     `config.reward_bias` (0 when absent) is subtracted.
     """
     head = value_head_of(model)
 
-    def forward(self: nn.Module, tokens: Tensor) -> Tensor:
-        hidden = backbone_of(self)(input_ids=tokens, use_cache=False)[0]
+    def forward(self: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        packed = {} if positions is None else {"position_ids": positions}
+        hidden = backbone_of(self)(input_ids=tokens, use_cache=False, **packed)[0]
         values: Tensor = head(hidden)[..., 0].float()
         return values - float(getattr(self.config, "reward_bias", 0.0))
 

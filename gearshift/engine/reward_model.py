@@ -28,6 +28,7 @@ class RewardModel(ZeroModel):
         *,
         dtype: torch.dtype,
         micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
         training: Training | None = None,
         new_head: bool = False,
         seed: int = 0,
@@ -57,7 +58,14 @@ class RewardModel(ZeroModel):
         if new_head:
             _draw_value_head(module, world, seed)
         bind_value_head(module)
-        return cls(module, world, training=training, micro_batch_size=micro_batch_size, deepspeed_extra=deepspeed_extra)
+        return cls(
+            module,
+            world,
+            training=training,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            deepspeed_extra=deepspeed_extra,
+        )
 
     @property
     def bias(self) -> float:
@@ -68,15 +76,24 @@ class RewardModel(ZeroModel):
     def bias(self, value: float) -> None:
         self.config.reward_bias = float(value)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] -> values [B, S] fp32, the bias subtracted; differentiable."""
-        values: Tensor = self.engine(tokens)
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The values themselves."""
+        values: Tensor = self.engine(tokens, positions)
         return values
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> values [B, S] fp32, the bias subtracted; differentiable.
+
+        `lengths [B]`: tokens of each row that have to be computed, to be packed where the model packs; None: all.
+        """
+        rows = self.rows(lengths, tokens.shape[1])
+        with rows.apart():
+            return rows.spread(self.hidden_states(rows.join(tokens), rows.positions))
 
     def response_values(self, rollouts: Rollouts) -> Tensor:
         """Values [B, L] fp32, read at the position before each response token (0 where masked); differentiable."""
         tokens, positions = join_responses(rollouts)
-        return self.forward(tokens).gather(1, positions) * rollouts.mask
+        return self.forward(tokens, rollouts.sizes).gather(1, positions) * rollouts.mask
 
     def values(self, rollouts: Rollouts) -> Tensor:
         """`response_values` of this rank's rows, without gradients. Collective."""
@@ -87,8 +104,7 @@ class RewardModel(ZeroModel):
 
         def last(micro: Rollouts) -> Tensor:
             tokens, _ = join_responses(micro)
-            end = micro.lengths + micro.mask.sum(1) - 1
-            return self.forward(tokens).gather(1, end[:, None])[:, 0]
+            return self.forward(tokens, micro.sizes).gather(1, micro.sizes[:, None] - 1)[:, 0]
 
         return self.map(last, rollouts)
 

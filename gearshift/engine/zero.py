@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.average import WeightAverage
+from gearshift.engine.balance import balanced, by_length, parts_needed
 from gearshift.engine.batches import Rows
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.linears import bind_linears
+from gearshift.engine.packing import Packed, Padded, keeps_apart
 from gearshift.engine.saving import save_pretrained
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
@@ -109,6 +112,7 @@ class ZeroModel:
     """A `transformers` model whose weights, gradients and optimizer state are cut over all ranks (ZeRO-3).
 
     See `CausalModel` and `RewardModel`. Without `training` it is frozen. `dropout`: what `accumulate` drops, if any.
+    A forward takes at most `micro_batch_size` rows of a rank, or `micro_batch_tokens` tokens where that is given.
     """
 
     dropout: ResidualDropout | None = None
@@ -120,12 +124,13 @@ class ZeroModel:
         *,
         training: Training | None,
         micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
         deepspeed_extra: dict[str, Any] | None = None,
     ):
         import deepspeed
 
         self.world, self.module, self.training = world, module, training
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.steps = 0  # optimizer steps taken
         self._averaging = False
         module.requires_grad_(training is not None)
@@ -174,6 +179,23 @@ class ZeroModel:
     def parameters_total(self) -> int:
         return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.module.parameters())
 
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> last hidden states [B, S, H], or what else tells at every position what it has seen."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell its hidden states")
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences can share a row, so that no forward computes padding. The first time collective."""
+        return self._keeps_apart
+
+    @cached_property
+    def _keeps_apart(self) -> bool:
+        return keeps_apart(self.module, self.world, self.hidden_states)
+
+    def rows(self, lengths: Tensor | None, width: int) -> Packed | Padded:
+        """How a forward takes rows [B, S] that are `width` wide, of which `lengths [B]` tokens are real."""
+        return Packed(lengths, width) if lengths is not None and self.packs else Padded()
+
     def accumulate(self, loss: LossFunction, batch: Rows, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradient of `weight · loss(batch)` to what the next `step` applies. Collective.
 
@@ -184,8 +206,9 @@ class ZeroModel:
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         sums: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Rows]] = []
+        micro_batches = self._micro_batches(batch)
         with self.dropout.on(self.steps) if self.dropout else nullcontext():
-            for micro, real in self._micro_batches(batch):
+            for _, micro, real in micro_batches:
                 result = loss(self, micro, count.clamp(min=1.0).float())
                 seen.append((result.loss.detach(), micro))
                 # ZeRO-3 averages over ranks: times the world size gives the sum. A repeated micro-batch (a rank with
@@ -207,7 +230,7 @@ class ZeroModel:
         """What `accumulate` returns, without gradients."""
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         sums: dict[str, Tensor] = {}
-        for micro, real in self._micro_batches(batch):
+        for _, micro, real in self._micro_batches(batch):
             result = loss(self, micro, count.clamp(min=1.0).float())
             for name, value in {"loss": result.loss, **result.metrics}.items():
                 sums[name] = sums.get(name, 0) + value.double() * real
@@ -244,11 +267,14 @@ class ZeroModel:
 
     @torch.no_grad()
     def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
-        """`function(micro_batch)` over all micro-batches of this rank's rows, joined, without gradients. Collective."""
+        """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective."""
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
-        results = [(function(micro), real) for micro, real in self._micro_batches(batch)]
-        parts = [result for result, real in results if real]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.world.device)
+        results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch)]
+        parts = [result for _, result, real in results if real]
+        if not parts:
+            return torch.empty(0, device=self.world.device)
+        order = torch.tensor([row for rows, _, real in results if real for row in rows], device=parts[0].device)
+        return torch.cat(parts)[order.argsort()]
 
     def save_pretrained(self, folder: Path | str, tokenizer: Any = None) -> None:
         """Write a folder that `from_pretrained` loads, streamed from the shards. Collective."""
@@ -273,17 +299,22 @@ class ZeroModel:
         if self.average is not None:
             self.average.load(state.get("average"))
 
-    def _micro_batches(self, batch: R) -> Iterator[tuple[R, int]]:
-        """At most `micro_batch_size` rows at a time, as often on every rank: `(piece, 1)`, or `(repeat, 0)` to fill."""
-        rows, size = len(batch), self.micro_batch_size
-        own = -(-rows // size)
-        for i in range(int(self.world.max(own))):
-            if i < own:
-                yield batch.select(slice(i * size, (i + 1) * size)).to(self.world.device), 1
-            elif rows:
-                yield batch.select(slice(0, 1)).to(self.world.device), 0
-            else:
-                raise ValueError("a rank without any row cannot take part in a ZeRO-3 forward")
+    def _micro_batches(self, batch: R) -> Iterator[tuple[list[int], R, int]]:
+        """As many on every rank: `(row numbers, those rows, 1)`, or `([0], the first row, 0)` to fill.
+
+        Packed sequences take as long as they have tokens, so every micro-batch gets about as many; where there is
+        padding, rows of like length go together.
+        """
+        sizes = batch.sizes.tolist() if len(batch) else []
+        own = parts_needed(sizes, self.micro_batch_size, self.micro_batch_tokens)
+        parts = int(self.world.max(own))
+        if parts > 0 and not sizes:
+            raise ValueError("a rank without any row cannot take part in a ZeRO-3 forward")
+        most = None if self.micro_batch_tokens else self.micro_batch_size
+        count = min(parts, len(sizes))
+        dealt = balanced(sizes, count, most) if self.packs else by_length(sizes, count)
+        pieces = [(rows, 1) for rows in dealt] + [([0], 0)] * (parts - count)
+        return ((rows, batch.select(torch.tensor(rows)).to(self.world.device), real) for rows, real in pieces)
 
     def _not_finite(self, losses: list[tuple[Tensor, Rows]]) -> str:
         """ " on rank 1 (prompts 3, 7)": where micro-batches had such a loss, and the prompts in them. Collective."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ class Columns:
     """Where each of n rows gets its newest entry: `positions [n]` int64. What all layers of a step ask of it is worked
     out once.
 
-    Through torch a position may be −1, for a row that nobody reads: its entry goes into the last column, and it sees
-    the first. `width`: columns that are looked at, above every position; not given, it is read off the positions, for
-    which the host waits for a GPU.
+    But for the compiled function a position may be −1, for a row that nobody reads; what it gets means nothing, and its
+    entry may go into its last column. `width`: columns that are looked at, above every position; not given, it is read
+    off the positions, for which the host waits for a GPU.
     """
 
     def __init__(self, positions: Tensor, width: int | None = None):
@@ -88,11 +89,23 @@ def decode_attention(
     `window`, no further back than window − 1. Scores are `scaling · q·k`, capped as `softcap · tanh(score / softcap)`;
     sinks `[h]` are scores of a column without value (gpt-oss). -> `[n, h, E]`.
     """
+    on_gpu = implementation(query)
+    if on_gpu is not None:
+        return on_gpu.attend(query, key, value, keys, values, columns, scaling, window, softcap, sinks)
     if _serves(query, keys, values):
         return _through_library(query, key, value, keys, values, columns.positions, scaling, window, softcap, sinks)
     n, width = len(columns), columns.width
     columns.write(key, value, keys, values)
     return _attend(query, keys[:n, :, :width], values[:n, :, :width], columns.visible(window), scaling, softcap, sinks)
+
+
+def implementation(query: Tensor) -> Any:
+    """The kernels for this device, None: those of torch."""
+    if not query.is_cuda:
+        return None
+    from gearshift.kernels import decode_attention_triton
+
+    return decode_attention_triton
 
 
 def _attend(

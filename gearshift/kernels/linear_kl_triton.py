@@ -125,7 +125,7 @@ def kl_slope_kernel(
     tl.store(gradients + row * stride + column, dz.to(gradients.dtype.element_ty), mask=inside)
 
 
-STATE = Launch(kl_state_kernel, {"BLOCK": 1024}, num_warps=8)
+STATE = Launch(kl_state_kernel, {"BLOCK": 2048}, num_warps=8)
 SLOPE = Launch(kl_slope_kernel, {"BLOCK": 1024}, num_warps=8)
 
 

@@ -10,11 +10,18 @@ from torch import Tensor
 from gearshift.kernels import native
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = False) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dimension, without gradients: x `[..., F]`, weight
-    `[F]` -> `[..., F]`, in fp32 whatever the type of x, which the result has."""
+    `[F]` -> `[..., F]`, in fp32 whatever the type of x, which the result has.
+
+    rounds: the quotient is rounded to x's type before it is scaled, as Llama's is.
+    """
+    if x.is_cuda and weight.is_contiguous():
+        from gearshift.kernels.rms_norm_triton import norm
+
+        return norm(x, weight, eps, offset, rounds)
     if not _serves(x, weight):
-        return plain(x, weight, eps, offset)
+        return plain(x, weight, eps, offset, rounds)
     x = x.contiguous()
     out = torch.empty_like(x)
     rest = (x.shape[-1], *map(native.pointer, (x, weight)), eps, offset, native.pointer(out))
@@ -22,10 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return out
 
 
-def plain(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def plain(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = False) -> Tensor:
     """The same by operations of torch."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if rounds:
+        normed = normed.to(x.dtype).float()
     return (normed * (weight.float() + offset)).to(x.dtype)
 
 

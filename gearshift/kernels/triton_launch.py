@@ -42,4 +42,4 @@ class Form:
     launch: Launch
     types: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
-    product: str | None = None  # "half" or "fp32"
+    product: str | None = None  # "half", "narrow" (half precision, fewer than 64 rows) or "fp32"

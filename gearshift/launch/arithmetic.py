@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from math import ceil
 
+from gearshift.rlhf.ppo_settings import PpoSettings
 from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from gearshift.rlhf.train_settings import TrainSettings
 
 
 def batch_arithmetic(config: Config, ranks: int, steps: int | None = None) -> list[str]:
@@ -23,7 +25,7 @@ def _ppo(config: PpoConfig, ranks: int) -> list[str]:
     per_rank = ppo.minibatch_size // ranks
     steps = ppo.minibatches * ppo.epochs
     passes = f"{_n(ppo.minibatches, 'minibatch')} x {_n(ppo.epochs, 'epoch')}"
-    micro = _micro(per_rank, ppo.micro_batch_size)
+    micro = _micro(per_rank, ppo)
     lines = [
         f"iteration    {_n(ppo.batch_size, 'episode')}, {ppo.batch_size // ranks} per rank on {_n(ranks, 'rank')}; "
         f"{_n(ppo.iterations, 'iteration')} make {_n(ppo.episodes, 'episode')}",
@@ -32,7 +34,7 @@ def _ppo(config: PpoConfig, ranks: int) -> list[str]:
     ]
     if config.ptx.weight > 0:
         examples = ppo.minibatch_size * config.ptx.examples_per_episode
-        micro = _micro(examples // ranks, ppo.micro_batch_size)
+        micro = _micro(examples // ranks, ppo)
         lines.append(
             f"pretraining  {_n(examples, 'example')} of {config.ptx.max_tokens} tokens per minibatch, "
             f"{examples // ranks} per rank in {micro}"
@@ -53,7 +55,7 @@ def _train(config: PretrainConfig, ranks: int, steps: int | None) -> list[str]:
     total = f", {steps} in total" if steps is not None else ""
     fraction = config.train.pretraining_fraction if isinstance(config, SftConfig) else 0
     text = f" (about {fraction:.0%} pretraining text)" if fraction else ""
-    micro = _micro(per_rank, train.micro_batch_size, "row" if row == "sequence" else row)
+    micro = _micro(per_rank, train, "row" if row == "sequence" else row)
     return [
         f"step         {_n(train.batch_size, row)}{text}, {per_rank} per rank on {_n(ranks, 'rank')} in {micro}",
         f"optimizer    one step per batch, {_n(train.epochs, 'epoch')}{total}",
@@ -67,7 +69,10 @@ def _rollouts(tp_size: int, ranks: int, rows: int | None = None, answers: int = 
     return f"rollouts     {_n(groups, 'group')} of {_n(tp_size, 'rank')} (tensor parallel){share}"
 
 
-def _micro(rows: int, size: int, row: str = "row") -> str:
+def _micro(rows: int, settings: PpoSettings | TrainSettings, row: str = "row") -> str:
+    size, tokens = settings.micro_batch_size, settings.micro_batch_tokens
+    if tokens is not None:
+        return f"micro-batches of at most {_n(tokens, 'token')}"
     return f"{_n(ceil(rows / size), 'micro-batch')} of at most {_n(size, row)}"
 
 

@@ -42,6 +42,9 @@ class CompareSettings(Section):
 
     prompts: int | None = Field(None, ge=1, description="Prompts answered, the first of data.validation; null: all")
     micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one scoring forward; changes memory only")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens per rank in one forward, in place of micro_batch_size; null: by rows"
+    )
     true_score: str | None = Field(
         None, description='Checker with known answers, "module:function" of (row, response) -> float; null: none'
     )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine import Episodes, Rollouts, World
+from gearshift.engine.balance import balanced
 from gearshift.engine.exchange import gather_rows
 from gearshift.kernels import Targets, ppo_targets
 from gearshift.kernels.moments import WHITEN_EPSILON
@@ -103,13 +104,17 @@ def _against_others(every: Episodes, rewards: Tensor, ppo: PpoSettings) -> dict[
 
 
 def minibatches(episodes: Episodes, ppo: PpoSettings, seed: int, iteration: int, world: World) -> Iterator[Episodes]:
-    """This rank's rows of each minibatch: `epochs` seeded shuffles of the global batch, cut in `minibatches` parts."""
-    size = len(episodes) // ppo.minibatches
+    """This rank's rows of each minibatch: `epochs` seeded shuffles of the global batch, cut in `minibatches` parts.
+
+    Every rank gets as many rows of a minibatch, and about as many tokens.
+    """
+    size, sizes = len(episodes) // ppo.minibatches, episodes.sizes.cpu()
     for epoch in range(ppo.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
         order = torch.randperm(len(episodes), generator=generator).to(episodes.tokens.device)
         for rows in order.split(size):
-            yield episodes.select(rows[world.share(len(rows))])
+            dealt = balanced(sizes[rows.cpu()].tolist(), world.size, most_rows=-(-len(rows) // world.size))
+            yield episodes.select(rows[dealt[world.rank]])
 
 
 def episode_metrics(episodes: Episodes, kl_coef: float, critic: bool = True) -> dict[str, float]:

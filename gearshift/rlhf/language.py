@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from gearshift.engine import CausalModel, HybridEngine, PackedBatch, TokenBatch, World, init_distributed
+from gearshift.engine import CausalModel, HybridEngine, TokenBatch, World, init_distributed
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import Best
-from gearshift.rlhf.data.batches import collate_text, pack_text
+from gearshift.rlhf.data.batches import collate_text
 from gearshift.rlhf.data.encoding import Encoder
 from gearshift.rlhf.data.formats import read_document
 from gearshift.rlhf.data.sampling import Sampler
@@ -40,21 +40,16 @@ from gearshift.rlhf.supervised import SCORE, evaluate, fit
 
 def language_loss(model: CausalModel, batch: TokenBatch, count: Tensor) -> Loss:
     """−Σ log p(target) / count, over the positions that have a target; temperature 1."""
-    batch = batch.trimmed()
-    positions = batch.positions if isinstance(batch, PackedBatch) else None
-    logprobs, _ = model.forward(batch.tokens, batch.targets, positions=positions)
+    lengths = batch.sizes
+    width = int(lengths.max())
+    logprobs, _ = model.forward(batch.tokens[:, :width], batch.targets[:, :width], lengths=lengths)
     return Loss(-logprobs.sum() / count, {"tokens": (batch.targets != -100).sum().double()})
 
 
-Collate = Callable[[Sequence[Any]], TokenBatch]
-
-
-def text_batches(
-    rows: list[Any], sampler: Sampler, world: World, collate: Collate = collate_text
-) -> Iterator[TokenBatch]:
+def text_batches(rows: list[Any], sampler: Sampler, world: World) -> Iterator[TokenBatch]:
     """This rank's rows of every global batch that the sampler draws."""
     for draw in sampler:
-        yield collate([rows[i] for i in draw.rows[world.rank :: world.size]])
+        yield collate_text([rows[i] for i in draw.rows[world.rank :: world.size]])
 
 
 def pretrain(config: PretrainConfig, report: Report) -> None:
@@ -71,7 +66,7 @@ def pretrain(config: PretrainConfig, report: Report) -> None:
     saver = Saver(config, world, report, {"model": model}, {"rows": sampler}, tokenizer)
     report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
     batches = text_batches(blocks, sampler, world)
-    validate = partial(held_out_loss, model, held_out, collate_text)
+    validate = partial(held_out_loss, model, held_out)
     fit(model, language_loss, batches, steps, report, validate, config.train.validate_every, saver)
     save_policy(model, config.run.folder, config.policy, tokenizer)
 
@@ -86,12 +81,9 @@ def sft(config: SftConfig, report: Report) -> None:
     encoder = encoder_of(config.data, tokenizer)
     rows = load_rows("data.train", config.data.train, encoder.demonstrations, report)
     held_out = load_rows("data.validation", config.data.validation, encoder.demonstrations, report)
-    collate = partial(pack_text, most=config.data.max_tokens) if train.pack else collate_text
-    batches, steps, cursors = _mixed_batches(config, rows, encoder, world, report, collate)
+    batches, steps, cursors = _mixed_batches(config, rows, encoder, world, report)
     how = _how(config, world, tokenizer, steps) | {"residual_dropout": train.residual_dropout}
     model, judged = _judged(config, world, encoder, report, how)
-    if train.pack:
-        model.check_packing()
     best = Best(
         config.run.folder,
         world,
@@ -102,7 +94,7 @@ def sft(config: SftConfig, report: Report) -> None:
     saver = Saver(config, world, report, {"model": model}, {**cursors, "best": best}, tokenizer)
 
     def validate() -> dict[str, float]:
-        return held_out_loss(model, held_out, collate) | judged()
+        return held_out_loss(model, held_out) | judged()
 
     report.start([f"model        {model.parameters_total:,} parameters"], steps, saver.done)
     fit(model, language_loss, batches, steps, report, validate, train.validate_every, saver, best)
@@ -121,19 +113,19 @@ def _judged(
     prompts = load_rows("data.validation", config.data.validation, encoder.prompts, report)
     assert config.reward.init is not None  # checked before launch
     settings = RewardSettings(**config.reward.model_dump())
-    frozen = {name: how[name] for name in ("dtype", "micro_batch_size", "deepspeed_extra")}
+    frozen = {name: how[name] for name in ("dtype", "micro_batch_size", "micro_batch_tokens", "deepspeed_extra")}
     reward = load_reward(settings, Asked(encoder.tokenizer, config.data.keys, prompts), world, **frozen)
     sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)
     return policy, lambda: {SCORE: mean_over_prompts(policy, prompts, sampling, world, reward.score)[0]}
 
 
-def held_out_loss(model: CausalModel, rows: list[Any], collate: Collate) -> dict[str, float]:
+def held_out_loss(model: CausalModel, rows: list[Any]) -> dict[str, float]:
     """The loss on held-out rows; nothing without any. Collective."""
-    return {"loss/validation": float(evaluate(model, language_loss, rows, collate)["loss"])} if rows else {}
+    return {"loss/validation": float(evaluate(model, language_loss, rows, collate_text)["loss"])} if rows else {}
 
 
 def _mixed_batches(
-    config: SftConfig, rows: list[Any], encoder: Encoder, world: World, report: Report, collate: Collate
+    config: SftConfig, rows: list[Any], encoder: Encoder, world: World, report: Report
 ) -> tuple[Iterator[TokenBatch], int, dict[str, Sampler]]:
     """Batches of demonstrations and `train.pretraining_fraction` of text, how many steps make the epochs, cursors."""
     train, seed = config.train, config.run.seed
@@ -141,7 +133,7 @@ def _mixed_batches(
     demonstrations = Sampler(len(rows), train.batch_size - texts, seed)
     steps = demonstrations.steps(train.epochs)
     if not texts:
-        return text_batches(rows, demonstrations, world, collate), steps, {"rows": demonstrations}
+        return text_batches(rows, demonstrations, world), steps, {"rows": demonstrations}
     blocks = text_blocks("train.pretraining", train.pretraining, encoder, report)
     at_least(blocks, 1, "train.pretraining")
     pretraining = Sampler(len(blocks), texts, seed)
@@ -149,7 +141,7 @@ def _mixed_batches(
     def batches() -> Iterator[TokenBatch]:
         for draw, text in zip(demonstrations, pretraining, strict=False):
             both = [rows[i] for i in draw.rows] + [blocks[i] for i in text.rows]
-            yield collate(both[world.rank :: world.size])
+            yield collate_text(both[world.rank :: world.size])
 
     return batches(), steps, {"rows": demonstrations, "pretraining": pretraining}
 
@@ -160,6 +152,7 @@ def _how(config: PretrainConfig | SftConfig, world: World, tokenizer: Any, steps
     return {
         "dtype": dtype_of(config.run, world),
         "micro_batch_size": config.train.micro_batch_size,
+        "micro_batch_tokens": config.train.micro_batch_tokens,
         "training": training_of(config.optimizer, schedule_of(config.train, steps)),
         "config": new_model_config(config.policy.config or {}, tokenizer) if new else None,
         "seed": config.run.seed,

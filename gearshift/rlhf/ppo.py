@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from gearshift.engine import (
     watchdog,
 )
 from gearshift.engine.zero import ZeroModel
-from gearshift.errors import EveryRank
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import Best
 from gearshift.rlhf.data.batches import collate_text
@@ -27,6 +27,7 @@ from gearshift.rlhf.episodes import build_episodes, episode_metrics, minibatches
 from gearshift.rlhf.guards import require_finite, stopping
 from gearshift.rlhf.kl import KlController, kl_penalty
 from gearshift.rlhf.language import language_loss
+from gearshift.rlhf.logprob_gap import LogprobGap
 from gearshift.rlhf.ppo_data import PpoData
 from gearshift.rlhf.ppo_metrics import UpdateSums, sample_rows, timings
 from gearshift.rlhf.ppo_models import Models, load_models
@@ -54,14 +55,17 @@ class Ppo:
 
     def iteration(self, number: int) -> dict[str, float]:
         """Roll out, score, update; returns the iteration's metrics."""
-        phases, sums = Phases(), UpdateSums()
+        phases, sums, metrics = Phases(), UpdateSums(), dict[str, float]()
         prompts = next(self.data.prompts)
         with phases.phase("generation"), self.policy.rollout() as generator:
             rollouts = generator.generate(prompts, self.sampling)
         with phases.phase("score"):
             scores = self.reward_model.score(rollouts)
             held = self.held_against_reference(rollouts)
-            gap = self.logprob_gap(rollouts, held.trained)
+            gap = self.logprob_gap()
+            if held.trained is not None:
+                gap.see(held.trained, rollouts.logprobs, rollouts.mask)
+                metrics["rollout/logprob_gap"] = gap.check()
             rollouts, weights = self.as_trained(rollouts, held.trained)
             values = None if self.critic is None else self.critic.values(rollouts)
             episodes = build_episodes(
@@ -77,12 +81,12 @@ class Ppo:
                 weights=weights,
             )
             self.check_finite(episodes, number)
-        metrics = episode_metrics(episodes, self.kl.coef, self.critic is not None)
-        metrics |= {"rollout/logprob_gap": gap, "optimizer/learning_rate": self.policy.learning_rate}
+        metrics |= episode_metrics(episodes, self.kl.coef, self.critic is not None)
+        metrics["optimizer/learning_rate"] = self.policy.learning_rate
         if self.critic is not None:
             metrics["optimizer/critic_learning_rate"] = self.critic.learning_rate
         with phases.phase("train"):
-            self.updates(episodes, number, sums)
+            metrics |= self.updates(episodes, number, sums, gap if held.trained is None else None)
         if number > self.config.ppo.critic_iterations:  # before, nothing that the coefficient could steer moves
             self.kl.update(metrics["objective/kl"], len(episodes))
         every = self.config.ppo.samples_every
@@ -95,20 +99,34 @@ class Ppo:
             | {"objective/episodes": number * len(episodes)}
         )
 
-    def updates(self, episodes: Episodes, number: int, sums: UpdateSums) -> None:
-        """Minibatch by minibatch; the policy stops early where `ppo.stop.approx_kl` says so, the critic does not."""
+    def updates(
+        self, episodes: Episodes, number: int, sums: UpdateSums, gap: LogprobGap | None = None
+    ) -> dict[str, float]:
+        """Minibatch by minibatch; the policy stops early where `ppo.stop.approx_kl` says so, the critic does not.
+
+        `gap` is found in the first minibatch, whose forward is still of the policy that answered. Returns it.
+        """
+        found: dict[str, float] = {}
         ppo, bound = self.config.ppo, self.config.ppo.stop.approx_kl
         policy_moves = number > ppo.critic_iterations
         for minibatch in minibatches(episodes, ppo, self.config.run.seed, number, self.world):
             with stopping(self.config.run.folder, f"iteration {number}", minibatch, self.world):
                 if policy_moves:
-                    approx_kl = self.update_policy(minibatch, sums)
+                    approx_kl = self.update_policy(minibatch, sums, gap)
                     policy_moves = bound is None or approx_kl <= bound
+                    if gap is not None:
+                        found["rollout/logprob_gap"], gap = gap.value, None
                 self.update_critic(minibatch, sums)
+        return found
 
-    def update_policy(self, minibatch: Episodes, sums: UpdateSums) -> float:
-        """One optimizer step with both gradients; returns the minibatch's mean approximate KL before it, nats."""
-        found = self.policy.accumulate(self.policy_loss, minibatch)
+    def update_policy(self, minibatch: Episodes, sums: UpdateSums, gap: LogprobGap | None = None) -> float:
+        """One optimizer step with both gradients; returns the minibatch's mean approximate KL before it, nats.
+
+        Raises EveryRank, before a weight moves, where `gap` is past its limit.
+        """
+        found = self.policy.accumulate(partial(self.policy_loss, gap=gap), minibatch)
+        if gap is not None:
+            gap.check()
         sums.add("policy", found)
         if self.config.ptx.weight > 0:
             text = next(self.data.pretraining)
@@ -141,12 +159,14 @@ class Ppo:
             weights = importance_weights(trained, rollouts.logprobs, rollouts.mask, ppo.importance_cap)
         return dataclasses.replace(rollouts, logprobs=trained), weights
 
-    def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor) -> Loss:
+    def policy_loss(self, policy: CausalModel, batch: Episodes, count: Tensor, gap: LogprobGap | None = None) -> Loss:
         """The clipped surrogate on a micro-batch; `count`: response tokens of the global minibatch."""
         # Both log-probs are of the whole softmax, whatever top_k and top_p left to draw from: the ratio starts at 1.
         ppo = self.config.ppo
         logprobs, entropy = policy.response_logprobs(batch, self.sampling.temperature, entropy=True)
         assert entropy is not None
+        if gap is not None:
+            gap.see(logprobs, batch.logprobs, batch.mask)
         # The loss is linear in the advantages, and weights are not negative: as good as a factor of each term.
         found = kernels.policy_loss(
             logprobs,
@@ -170,27 +190,10 @@ class Ppo:
             values, batch.values, batch.returns, batch.mask, clip=self.config.ppo.value_clip, tokens=count
         )
 
-    def logprob_gap(self, rollouts: Rollouts, trained: Tensor | None) -> float:
-        """|rollout − training forward| log-prob, nats: over all rows where `trained` has the latter, else over the
-        first micro-batch of every rank. Collective.
-
-        The largest in fp32, where the two differ by rounding alone; the mean in bf16. Raises EveryRank past
-        `rollout.logprob_gap_limit`: PPO's ratio would start away from 1.
-        """
-        some = rollouts
-        if trained is None:
-            some = rollouts.select(slice(0, self.policy.micro_batch_size))
-            trained = self.policy.logprobs(some, self.sampling.temperature)
-        gaps = (trained - some.logprobs).abs()[some.mask]
-        gaps = gaps if len(gaps) else gaps.new_zeros(1)  # a rank whose rows have no token
-        exact = self.policy.dtype == torch.float32
-        gap = self.world.max(float(gaps.max() if exact else gaps.mean()))
-        limit = self.config.rollout.gap_limit("fp32" if exact else "bf16")
-        if not gap <= limit:
-            raise EveryRank(
-                f"rollout.logprob_gap_limit: rollout and training log-probs differ by {gap:.3g} nats, limit {limit:.3g}"
-            )
-        return gap
+    def logprob_gap(self) -> LogprobGap:
+        """To be shown some tokens of this iteration."""
+        limit = self.config.rollout.gap_limit("fp32" if self.policy.dtype == torch.float32 else "bf16")
+        return LogprobGap(self.world, self.policy.dtype, limit)
 
     def check_finite(self, episodes: Episodes, number: int) -> None:
         """Stops every rank before any weight moves, and writes the episodes out."""

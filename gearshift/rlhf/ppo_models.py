@@ -44,6 +44,7 @@ def load_models(config: PpoConfig, world: World, data: PpoData) -> Models:
     common: dict[str, Any] = {
         "dtype": dtype,
         "micro_batch_size": ppo.micro_batch_size,
+        "micro_batch_tokens": ppo.micro_batch_tokens,
         "deepspeed_extra": config.deepspeed,
     }
     policy = HybridEngine.load(

@@ -69,8 +69,9 @@ def answer_rewards(model: RewardModel, batch: ComparisonBatch) -> Tensor:
         present = present.clone()
         present[0] = True
     width = max(1, int(lengths.max()))
-    values = model.forward(batch.tokens.flatten(0, 1)[present][:, :width])
-    last = (lengths[present] - 1).clamp(min=0)
+    own = lengths[present].clamp(min=1)
+    values = model.forward(batch.tokens.flatten(0, 1)[present][:, :width], own)
+    last = own - 1
     rewards = values.new_zeros(lengths.shape)
     rewards = rewards.masked_scatter(present, values.gather(1, last[:, None])[:, 0])
     return rewards.view_as(batch.lengths)
@@ -93,6 +94,7 @@ def reward(config: RewardConfig, report: Report) -> None:
         world,
         dtype=dtype_of(config.run, world),
         micro_batch_size=config.train.micro_batch_size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
         training=training_of(config.optimizer, schedule_of(config.train, steps)),
         new_head=True,
         seed=config.run.seed,

@@ -62,6 +62,7 @@ class Examination:
         common: dict[str, Any] = {
             "dtype": dtype_of(config.run, world),
             "micro_batch_size": config.compare.micro_batch_size,
+            "micro_batch_tokens": config.compare.micro_batch_tokens,
             "deepspeed_extra": config.deepspeed,
         }
         asked = Asked(encoder.tokenizer, config.data.keys, prompts, selection)
@@ -93,6 +94,7 @@ class Examination:
             self._world,
             dtype=dtype_of(self._config.run, self._world),
             micro_batch_size=self._config.compare.micro_batch_size,
+            micro_batch_tokens=self._config.compare.micro_batch_tokens,
             deepspeed_extra=self._config.deepspeed,
             **rollout_of(self._config.rollout),
         )

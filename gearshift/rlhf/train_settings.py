@@ -29,6 +29,11 @@ class TrainSettings(Section):
         description="Rows (reward: prompts, or pairs) per rank in one forward and backward; changes memory "
         "alone (and with train.residual_dropout what is dropped)",
     )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per rank in one forward, in place of micro_batch_size; null: by rows",
+    )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")
     final_fraction: float = Field(
@@ -51,11 +56,6 @@ class SftTrainSettings(TrainSettings):
         lt=1,
         description="Share dropped of what each attention and feed-forward block puts out, in training steps alone "
         "(InstructGPT C.1: 0.2); 0: none",
-    )
-    pack: bool = Field(
-        False,
-        description="Several sequences in one row of up to data.max_tokens, none of which attends to another: the same "
-        "loss from fewer padded tokens; micro_batch_size then counts such rows",
     )
     best: Literal["loss", "score"] = Field(
         "loss",

@@ -124,7 +124,7 @@ def test_killed_while_it_is_written_in_the_background(
         ("Checkpoints._commit", 1, 0, 1),  # every shard is written, nothing is committed
         ("Checkpoints._gathered", 4, 1, 1),  # this rank's shards are written: the others wait for it
         ("HybridEngine._bring", 1, 0, 1),  # before the second rollout
-        ("Ppo.logprob_gap", 1, 1, 1),  # after it
+        ("Ppo.held_against_reference", 1, 1, 1),  # after it
         ("HybridEngine.step", 6, 0, 1),  # four steps an iteration: between the epochs of the second
     ],
 )

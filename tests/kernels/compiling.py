@@ -14,9 +14,11 @@ import sys
 import tempfile
 from typing import Any
 
-MODULES = ("linear_logprob", "linear_logprob_persistent", "linear_kl", "ppo_targets", "losses")
+MODULES = ("linear_logprob", "linear_kl", "ppo_targets", "losses", "decode_attention", "rms_norm")
+MULTIPLES = ("hidden_size", "stride", "key_size", "value_size", "features")
 SHARED_MEMORY = {"90": 232_448, "100": 232_448}  # bytes that one block can have
 TENSOR_CORES = {"90": r"\bHGMMA\b", "100": r"\bUTC[A-Z]*MMA\b"}
+NARROW = r"\bHMMA\b"  # the instruction of a warp, of which few rows make use
 TF32 = r"\.TF32\b"
 
 
@@ -24,8 +26,7 @@ def forms() -> list[Any]:
     """Of every kernel there is."""
     found = []
     for name in MODULES:
-        suffix = "" if name.endswith("persistent") else "_triton"
-        found += importlib.import_module(f"gearshift.kernels.{name}{suffix}").forms()
+        found += importlib.import_module(f"gearshift.kernels.{name}_triton").forms()
     return found
 
 
@@ -43,7 +44,7 @@ def compile_form(form: Any, architecture: int) -> Any:
     launched = {p.name: p.annotation_type or "fp32" for p in function.params if signature[p.name].startswith("fp")}
     assert launched == {name: signature[name] for name in launched}, form.name
     # As the launcher finds them at run time: PyTorch's tensors start on 16 bytes, most sizes are multiples of 16.
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in ("hidden_size", "stride")]
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in MULTIPLES]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": form.launch.num_warps, "num_stages": form.launch.num_stages, "enable_fp_fusion": True}
@@ -71,7 +72,7 @@ def examine(form: Any, architecture: int) -> dict[str, Any]:
         "stack": int(usage[2]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "shared": compiled.metadata.shared,
-        "tensor_cores": len(re.findall(TENSOR_CORES[str(architecture)], code)),
+        "tensor_cores": len(re.findall(NARROW if form.product == "narrow" else TENSOR_CORES[str(architecture)], code)),
         "tf32": len(re.findall(TF32, code)) + compiled.asm["ptx"].count(".tf32"),
         "product": form.product,
     }

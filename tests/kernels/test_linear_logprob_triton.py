@@ -1,4 +1,4 @@
-"""`linear_logprob`'s Triton kernels, both designs: interpreted here, on the GPU where there is one (see `devices`)."""
+"""`linear_logprob`'s Triton kernels: interpreted here, on the GPU where there is one (see `devices`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from gearshift.kernels.states import empty_states, merge
 from tests.kernels.devices import device
 from tests.kernels.heads import (
     OPTIONS,
-    H,
     T,
-    V,
     assert_close,
     in_fp64,
     largest_logit,
@@ -60,37 +58,13 @@ def test_without_the_entropy() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(HALF_BOUND), ids=str)
-@pytest.mark.parametrize("design", ["chunked", "persistent"])
-def test_half_precision_loses_its_roundings_only(
-    dtype: torch.dtype, design: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(on_gpu.OVERRIDE, design)
+def test_half_precision_loses_its_roundings_only(dtype: torch.dtype) -> None:
     inputs, options = make(dtype, size=0.5), {"softcap": 8.0, "temperature": 0.9, "entropy": True}
     got, want = compare(inputs, make_targets(), **options)
     assert_close(got, want, largest_logit(inputs, options), gradients=HALF_BOUND[dtype])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 37, 129])
-@pytest.mark.parametrize("vocab", [777, 1999])
-def test_the_persistent_design_at_every_edge_of_its_tiles(
-    tokens: int, vocab: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its states are those of the other design; fp16 as the interpreter multiplies it rightly."""
-    monkeypatch.setenv(on_gpu.OVERRIDE, "persistent")
-    inputs = make(torch.bfloat16, shape=(tokens, 200, vocab), size=0.1)
-    targets = torch.arange(tokens) * 31 % vocab
-    got = linear_logprob(**on(device(), inputs), targets=targets.to(device()), entropy=True)
-    want = plain(**in_fp64(inputs), targets=targets, entropy=True)
-    for name, value in got._asdict().items():
-        assert value.shape == (tokens,)
-        assert not tokens or (value.cpu() - getattr(want, name)).abs().max() <= 2e-6 * largest_logit(inputs, {})
-
-
-@pytest.mark.parametrize("design", ["chunked", "persistent"])
-def test_a_target_in_the_next_ranks_range_is_not_taken_from_the_padding(
-    design: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(on_gpu.OVERRIDE, design)
+def test_a_target_in_the_next_ranks_range_is_not_taken_from_the_padding() -> None:
     rows = 777  # the last tile reaches to column 896
     inputs = on(device(), make(torch.bfloat16, shape=(4, 16, rows), bias=False))
     local = torch.tensor([0, rows - 1, rows, rows + 50], device=device())
@@ -99,10 +73,8 @@ def test_a_target_in_the_next_ranks_range_is_not_taken_from_the_padding(
     assert state[:, 3].isnan().tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("design", ["chunked", "persistent"])
-def test_logits_of_minus_infinity(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_minus_infinity() -> None:
     """One such column, a whole row of them, and all logits at −200 and ±1e4."""
-    monkeypatch.setenv(on_gpu.OVERRIDE, design)
     for bias, size in [(-200.0, 0.1), (1e4, 0.1), (-1e4, 0.1)]:
         inputs = make(torch.bfloat16, shape=(5, 16, 300), size=size)
         inputs["bias"] = torch.full((300,), bias, dtype=torch.bfloat16)
@@ -117,11 +89,7 @@ def test_logits_of_minus_infinity(design: str, monkeypatch: pytest.MonkeyPatch) 
     assert not any(got[name].any() for name in ("dhidden", "dweight", "dbias"))
 
 
-@pytest.mark.parametrize("design", ["chunked", "persistent"])
-def test_masked_tokens_are_never_read_and_two_runs_have_the_same_bits(
-    design: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(on_gpu.OVERRIDE, design)
+def test_masked_tokens_are_never_read_and_two_runs_have_the_same_bits() -> None:
     inputs, targets = make(torch.bfloat16), make_targets()
     inputs["hidden"][targets == -100] = torch.nan
     first, second = (run(linear_logprob, on(device(), inputs), targets.to(device()), entropy=True) for _ in range(2))
@@ -130,10 +98,8 @@ def test_masked_tokens_are_never_read_and_two_runs_have_the_same_bits(
     assert not first["dhidden"][targets == -100].any()
 
 
-@pytest.mark.parametrize("design", ["chunked", "persistent"])
-def test_eight_parts_merge_into_the_whole(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_parts_merge_into_the_whole() -> None:
     """As eight ranks would each find theirs; one part is empty."""
-    monkeypatch.setenv(on_gpu.OVERRIDE, design)
     inputs, targets = make(torch.bfloat16, shape=(9, 16, 2000)), torch.arange(9) * 211
     x, weight, bias = on(device(), inputs).values()
     edges = [0, 250, 500, 500, 900, 1100, 1500, 1999, 2000]
@@ -147,12 +113,6 @@ def test_eight_parts_merge_into_the_whole(design: str, monkeypatch: pytest.Monke
     assert (chosen - top - total.log() - want.logprobs).abs().max() <= bound
     assert want.entropy is not None
     assert (total.log() - numerator / total - want.entropy).abs().max() <= bound
-
-
-def test_a_design_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(on_gpu.OVERRIDE, "fastest")
-    with pytest.raises(ValueError, match="GEARSHIFT_LINEAR_LOGPROB must be chunked or persistent, got 'fastest'"):
-        linear_logprob(torch.ones(1, H), torch.ones(V, H), torch.tensor([0]))
 
 
 def test_offsets_past_two_to_the_31() -> None:

@@ -222,7 +222,6 @@ WRONG_ELSEWHERE = [
     ("sft", "train.best", "score", "reward.init: needed with train.best: score"),
     ("sft", "reward.init", "reward", "reward.init: only train.best: score reads it"),
     ("sft", "train.residual_dropout", 1.0, "train.residual_dropout: should be less than 1"),
-    ("reward", "train.pack", True, "train.pack: unknown setting"),
     ("reward", "train.pretraining_fraction", 0.1, "train.pretraining_fraction: unknown setting"),
     ("reward", "data.demonstrations", "none.jsonl", "data.demonstrations: there is no file none.jsonl"),
     ("sft", "data.demonstrations", "none.jsonl", "data.demonstrations: unknown setting"),

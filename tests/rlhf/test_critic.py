@@ -89,7 +89,7 @@ def scores_and_values(world: World, folder: str, micro: int) -> tuple[Tensor, Te
     mine = rollouts().select(world.share(ROWS))
     tokens, _ = join_responses(mine)
     with torch.no_grad():
-        everywhere = model.forward(tokens)
+        everywhere = model.forward(tokens, mine.sizes)
     last = mine.lengths + mine.mask.sum(1) - 1
     return model.score(mine), everywhere.gather(1, last[:, None])[:, 0]
 

@@ -126,7 +126,7 @@ def test_pretraining_text_is_its_part_of_every_batch(policy_folder: str, tmp_pat
     encoder = Encoder(load_tokenizer(policy_folder), max_tokens=48)
     demonstrations = [Demonstration([5, 6, 7 + i], [9, 0]) for i in range(16)]
     common = (config, demonstrations, encoder)
-    found = [_mixed_batches(*common, world, Recorder(), collate_text) for world in worlds(1) + worlds(2)]
+    found = [_mixed_batches(*common, world, Recorder()) for world in worlds(1) + worlds(2)]
     batches, steps, _ = zip(*found, strict=True)
     # 16 demonstrations, six in a batch, twice: 32 / 6 batches.
     assert steps == (6, 6, 6)

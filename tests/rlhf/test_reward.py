@@ -55,7 +55,7 @@ class Table:
         values = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         self.table = values.requires_grad_()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         return self.table[tokens].cumsum(1)
 
     def reward(self, row: Comparison, answer: int) -> Tensor:

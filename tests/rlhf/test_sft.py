@@ -1,9 +1,8 @@
-"""SFT's own parts on real models: packed rows, residual dropout, the choice of the best checkpoint."""
+"""SFT's own parts on real models: residual dropout, the choice of the best checkpoint."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +10,16 @@ import pytest
 import torch
 
 from gearshift.engine import CausalModel, TokenBatch, Training, World
-from gearshift.errors import SettingError
 from gearshift.launch.config import validate
-from gearshift.rlhf.data.batches import collate_text, pack_text
 from gearshift.rlhf.language import language_loss, sft
 from tests.models import SIZES, save_tiny
 from tests.rlhf.test_language import sft_values
-from tests.rlhf.test_packing import LONGEST, rows
 from tests.rlhf.test_resuming import weights
-from tests.rlhf.test_reward import distance
 from tests.rlhf.tiny import Recorder, changed, save_policy, save_reward_model
 from tests.worker_group import WorkerGroup
 
 SCORES = [0.5, 2.0, -1.0, 1.0]
 _calls = [0]
-
-
-def loss_and_gradient(world: World, folder: str, pack: bool, micro: int) -> tuple[float, dict[str, torch.Tensor]]:
-    from deepspeed.utils import safe_get_full_grad
-
-    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
-    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=micro, training=training)
-    if pack:
-        model.check_packing()
-    collate = partial(pack_text, most=LONGEST) if pack else collate_text
-    sums = model.accumulate(language_loss, collate(rows(21)[world.rank :: world.size]))
-    gradients = {name: safe_get_full_grad(p).clone() for name, p in model.module.named_parameters()}
-    model.step()
-    return float(sums["loss"]), gradients
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_packed_rows_have_the_loss_and_gradient_of_each_alone(
-    two_ranks: WorkerGroup, tmp_path: Path, family: str
-) -> None:
-    """Rotary positions, learned ones, and a window shorter than the sequences."""
-    folder = str(save_tiny(family, tmp_path / family))
-    loss, gradients = two_ranks.run(loss_and_gradient, folder, False, 1)[0]  # one row at a time: nothing is padded
-    packed, packed_gradients = two_ranks.run(loss_and_gradient, folder, True, 3)[0]
-    assert packed == pytest.approx(loss, rel=1e-6)
-    assert distance(packed_gradients, gradients) <= 1e-5
-
-
-def told_of(world: World, folder: str) -> str:
-    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1)
-    backbone: Any = model.module.base_model
-    if model.config.model_type == "llama":  # as families without such an argument
-        own = backbone.forward
-        backbone.forward = lambda input_ids, use_cache: own(input_ids=input_ids, use_cache=use_cache)
-    try:
-        model.check_packing()
-    except SettingError as error:
-        return f"{error.field}: {error.problem}"
-    return ""
-
-
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_model_that_does_not_keep_them_apart_is_refused(two_ranks: WorkerGroup, tmp_path: Path, family: str) -> None:
-    """OPT takes positions, but its attention does not look at them; and a backbone that takes none."""
-    folder = str(save_tiny(family, tmp_path / family))
-    for told in two_ranks.run(told_of, folder):
-        assert told.startswith("train.pack: in a ")
-        assert "sequences that share a row are not kept apart" in told
 
 
 def losses(world: World, folder: str, rate: float, seed: int) -> dict[str, Any]:
@@ -129,7 +76,7 @@ def values_of(folder: Path, init: str, **train: Any) -> dict[str, Any]:
 
 
 def test_the_best_by_score_is_the_model_of_its_step(two_ranks: WorkerGroup, policy_folder: str, tmp_path: Path) -> None:
-    values = values_of(tmp_path, policy_folder, best="score", pack=True)
+    values = values_of(tmp_path, policy_folder, best="score")
     values = changed(values, reward={"init": "tests.rlhf.test_sft:by_the_clock"})
     report = two_ranks.run(run_sft, values, timeout=90)[0]
     scores = [metrics["validation/scores"] for metrics in report.metrics if "validation/scores" in metrics]

@@ -25,7 +25,16 @@ def largest_micro_batch(plan: PpoPlan, memory: float) -> int:
     rows = [plan.config.ppo.minibatch_size // plan.ranks]
     if plan.text is not None:
         rows.append(plan.config.ppo.minibatch_size * plan.config.ptx.examples_per_episode // plan.ranks)
-    return largest(max(rows), lambda n: plan.changed(ppo={"micro_batch_size": n}).largest.total <= memory)
+
+    def fits(count: int) -> bool:
+        return plan.changed(ppo={"micro_batch_size": count, "micro_batch_tokens": None}).largest.total <= memory
+
+    return largest(max(rows), fits)
+
+
+def asked_rows(plan: PpoPlan) -> int:
+    """The rows of the longest episodes that a micro-batch may have, as the config has it."""
+    return plan.micro(plan.config.ppo.batch_size, plan.prompt + plan.response)
 
 
 def largest_slots(plan: PpoPlan, memory: float) -> int:
@@ -98,7 +107,7 @@ def _candidates() -> Iterator[tuple[str, Chooser]]:
 
     def rows(plan: PpoPlan, memory: float) -> int | None:
         fitting = max(1, largest_micro_batch(plan, memory))
-        return fitting if fitting < plan.config.ppo.micro_batch_size else None
+        return fitting if fitting < asked_rows(plan) else None
 
     def slots(plan: PpoPlan, memory: float) -> int | None:
         fitting = max(1, largest_slots(plan, memory))

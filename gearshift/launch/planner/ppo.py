@@ -121,8 +121,14 @@ class PpoPlan:
 
     def batch(self, rows: int) -> Batch:
         """The largest micro-batch of episodes, of `rows` on this rank."""
-        rows = min(rows, self.config.ppo.micro_batch_size)
-        return Batch(rows, self.prompt + self.response, self.response)
+        length = self.prompt + self.response
+        return Batch(self.micro(rows, length), length, self.response)
+
+    def micro(self, rows: int, length: int) -> int:
+        """Of `rows` rows of `length` tokens, how many share a micro-batch."""
+        ppo = self.config.ppo
+        most = ppo.micro_batch_size if ppo.micro_batch_tokens is None else max(1, ppo.micro_batch_tokens // length)
+        return min(rows, most)
 
     @cached_property
     def scored(self) -> Batch:
@@ -139,7 +145,7 @@ class PpoPlan:
         if ptx.weight == 0:
             return None
         rows = self.config.ppo.minibatch_size * ptx.examples_per_episode // self.ranks
-        return Batch(min(rows, self.config.ppo.micro_batch_size), ptx.max_tokens, ptx.max_tokens - 1)
+        return Batch(self.micro(rows, ptx.max_tokens), ptx.max_tokens, ptx.max_tokens - 1)
 
     # --- what is always there ---------------------------------------------------------------------------------------
 

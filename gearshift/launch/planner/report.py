@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gearshift.launch.arithmetic import batch_arithmetic
-from gearshift.launch.planner.fitting import Change, changes, largest_micro_batch, largest_slots
+from gearshift.launch.planner.fitting import Change, asked_rows, changes, largest_micro_batch, largest_slots
 from gearshift.launch.planner.machines import GB, RESERVED, Gpu
 from gearshift.launch.planner.ppo import PpoPlan
 from gearshift.launch.planner.rollouts import shift_seconds
@@ -143,7 +143,7 @@ def _table(plan: PpoPlan) -> list[str]:
 
 
 def _largest(found: Findings) -> list[str]:
-    asked, rows = found.plan.config.ppo.micro_batch_size, found.plan.rollouts
+    asked, rows = asked_rows(found.plan), found.plan.rollouts
     lines = []
     for field, most, now in (
         ("ppo.micro_batch_size", found.micro_batch, asked),

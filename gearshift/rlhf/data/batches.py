@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.engine.batches import PackedBatch, Prompts, Rows, TokenBatch
+from gearshift.engine.batches import Prompts, Rows, TokenBatch
 from gearshift.rlhf.data.encoding import IGNORED, Block, Comparison, Demonstration, PromptRow
 
 
@@ -35,6 +35,10 @@ class ComparisonBatch(Rows):
         return (self.ranks[:, :, None] < self.ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
 
     @property
+    def sizes(self) -> Tensor:
+        return self.lengths.sum(1).clamp(min=1)
+
+    @property
     def loss_count(self) -> Tensor:
         """Prompts with at least one pair."""
         return self.pairs().flatten(1).any(1).sum()
@@ -47,34 +51,6 @@ def collate_text(rows: Sequence[Demonstration | Block | None]) -> TokenBatch:
         tokens=_padded([tokens for tokens, _ in pairs], 0),
         targets=_padded([targets for _, targets in pairs], IGNORED),
     )
-
-
-def pack_text(rows: Sequence[Demonstration | Block | None], most: int) -> PackedBatch:
-    """The same, as few rows of up to `most` tokens as first-fit finds, longest sequences first.
-
-    Every sequence keeps its own positions, what is left of a row is a sequence of token 0 without a loss; so the sum of
-    the losses is that of `collate_text`, in fewer tokens.
-    """
-    pairs = [([0], [IGNORED]) if row is None else row.shifted() for row in rows]
-    packed: list[list[int]] = []  # numbers of the sequences in each row
-    room: list[int] = []
-    for number in sorted(range(len(pairs)), key=lambda n: (-len(pairs[n][0]), n)):
-        length = len(pairs[number][0])
-        at = next((row for row, left in enumerate(room) if left >= length), None)
-        if at is None:
-            packed.append([])
-            room.append(max(most, length))
-            at = len(packed) - 1
-        packed[at].append(number)
-        room[at] -= length
-    width = max((sum(len(pairs[n][0]) for n in row) for row in packed), default=0)
-    tokens, targets, positions = [], [], []
-    for row in packed:
-        tokens.append([token for n in row for token in pairs[n][0]])
-        targets.append([target for n in row for target in pairs[n][1]])
-        filled = [position for n in row for position in range(len(pairs[n][0]))]
-        positions.append([*filled, *range(width - len(filled))])
-    return PackedBatch(_padded(tokens, 0), _padded(targets, IGNORED), _padded(positions, 0))
 
 
 def collate_prompts(
