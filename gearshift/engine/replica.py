@@ -22,6 +22,7 @@ from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
 from gearshift.engine.parallel_layers import bind_norm, bind_shares
+from gearshift.engine.rotary import bind_rotary
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers
 from gearshift.kernels import FlashKernel, few_rows_linear
@@ -51,6 +52,7 @@ class Replica:
         config._attn_implementation = ATTENTION_NAME
         self.stamp: tuple[int, bool] | None = None
         self.group = group
+        self._dtype, self._device = dtype, device
         self.cache = KeyValueCache(rotary_limit(config), 1 if recorder is None else recorder.block, flash)
         self.decoder = Decoder(self, device, recorder)
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
@@ -108,6 +110,8 @@ class Replica:
             elif role is None:
                 bind_norm(module)
         bind_shares(self.model, self.layout, self.group)
+        if self._device.type == "cuda":
+            bind_rotary(self.model, self._dtype, self._device)
 
     def _bind_row(self, module: nn.Module) -> None:
         group = self.group

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-MODULES = ("linear_logprob", "linear_kl", "ppo_targets", "losses", "decode_attention", "rms_norm")
+MODULES = ("linear_logprob", "linear_kl", "ppo_targets", "losses", "decode_attention", "rms_norm", "rotary")
 MULTIPLES = ("hidden_size", "stride", "key_size", "value_size", "features")
 SHARED_MEMORY = {"90": 232_448, "100": 232_448}  # bytes that one block can have
 TENSOR_CORES = {"90": r"\bHGMMA\b", "100": r"\bUTC[A-Z]*MMA\b"}

@@ -1,0 +1,52 @@
+"""Which families' rotary embedding the GPU kernel serves, and that it gives what theirs does; interpreted here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.engine import rotary
+
+CPU = torch.device("cpu")
+
+
+def own_of(family: str) -> Any:
+    found = importlib.import_module(f"transformers.models.{family}.modeling_{family}").apply_rotary_pos_emb
+    return getattr(found, "own", found)
+
+
+def step(rows: int = 3) -> list[torch.Tensor]:
+    shapes = ((rows, 4, 1, 8), (rows, 2, 1, 8), (rows, 1, 8), (rows, 1, 8))
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(n)) for n, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt_neox", "phi3", "olmo2"])
+def test_halves_are_served(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = own_of(family)
+    assert rotary._agrees(own, torch.float32, CPU)
+    monkeypatch.setattr(rotary, "_is_step", lambda *given: True)
+    with torch.no_grad():
+        for found, want in zip(rotary._with_steps(own)(*step()), own(*step()), strict=True):
+            assert torch.allclose(found, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["cohere", "glm", "ernie4_5"])
+def test_neighbours_are_not(family: str) -> None:
+    assert not rotary._agrees(own_of(family), torch.float32, CPU)
+
+
+def test_all_else_goes_to_the_family_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, several positions, other arguments; and a processor."""
+    own = own_of("llama")
+    apply, (q, k, cos, sin) = rotary._with_steps(own), step()
+    monkeypatch.setattr(rotary, "_turned", lambda *given: pytest.fail("not a step on a GPU"))
+    with torch.no_grad():
+        assert torch.equal(apply(q, k, cos, sin)[0], own(q, k, cos, sin)[0])
+        monkeypatch.setattr(rotary, "_is_step", lambda q, *rest: q.shape[2] == 1)
+        longer = [x.expand(*x.shape[:-2], 5, 8) for x in (q, k, cos, sin)]
+        assert torch.equal(apply(*longer)[0], own(*longer)[0])
+        assert torch.equal(apply(q, k, cos, sin, unsqueeze_dim=1)[0], own(q, k, cos, sin)[0])
+    assert torch.equal(apply(q, k, cos, sin)[0], own(q, k, cos, sin)[0])
