@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.average import WeightAverage
 from gearshift.engine.batches import Rows
+from gearshift.engine.counting import count_pass, count_step
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.saving import save_pretrained
+from gearshift.engine.spans import span
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
 
@@ -174,6 +176,7 @@ class ZeroModel:
     def parameters_total(self) -> int:
         return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.module.parameters())
 
+    @span("forward and backward")
     def accumulate(self, loss: LossFunction, batch: Rows, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradient of `weight · loss(batch)` to what the next `step` applies. Collective.
 
@@ -182,6 +185,7 @@ class ZeroModel:
         and ranks. A loss that no rank has terms for is 0.
         """
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
+        count_pass(self.module, batch, backward=True)
         sums: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Rows]] = []
         with self.dropout.on(self.steps) if self.dropout else nullcontext():
@@ -206,6 +210,7 @@ class ZeroModel:
     def evaluate(self, loss: LossFunction, batch: Rows) -> dict[str, Tensor]:
         """What `accumulate` returns, without gradients."""
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
+        count_pass(self.module, batch)
         sums: dict[str, Tensor] = {}
         for micro, real in self._micro_batches(batch):
             result = loss(self, micro, count.clamp(min=1.0).float())
@@ -213,12 +218,14 @@ class ZeroModel:
                 sums[name] = sums.get(name, 0) + value.double() * real
         return self._summed(sums)
 
+    @span("optimizer step")
     def step(self) -> float:
         """One optimizer step with the gradients accumulated since the last; returns their norm before clipping."""
         if self.training is None:
             raise RuntimeError("this model is frozen: it was built without `training`")
         if self._averaging:
             raise RuntimeError("the weights are their moving average: leave `averaged` before a step")
+        count_step(self)
         self.engine.step()
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -245,6 +252,7 @@ class ZeroModel:
     @torch.no_grad()
     def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
         """`function(micro_batch)` over all micro-batches of this rank's rows, joined, without gradients. Collective."""
+        count_pass(self.module, batch)
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
         results = [(function(micro), real) for micro, real in self._micro_batches(batch)]
         parts = [result for result, real in results if real]

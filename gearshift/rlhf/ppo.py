@@ -16,8 +16,10 @@ from gearshift.engine import (
     Rollouts,
     World,
     init_distributed,
+    spans,
     watchdog,
 )
+from gearshift.engine.spans import span
 from gearshift.engine.zero import ZeroModel
 from gearshift.errors import EveryRank
 from gearshift.kernels import Loss
@@ -59,11 +61,13 @@ class Ppo:
         with phases.phase("generation"), self.policy.rollout() as generator:
             rollouts = generator.generate(prompts, self.sampling)
         with phases.phase("score"):
-            scores = self.reward_model.score(rollouts)
+            with span("reward model"):
+                scores = self.reward_model.score(rollouts)
             held = self.held_against_reference(rollouts)
             gap = self.logprob_gap(rollouts, held.trained)
             rollouts, weights = self.as_trained(rollouts, held.trained)
-            values = None if self.critic is None else self.critic.values(rollouts)
+            with span("critic"):
+                values = None if self.critic is None else self.critic.values(rollouts)
             episodes = build_episodes(
                 rollouts,
                 scores,
@@ -106,6 +110,7 @@ class Ppo:
                     policy_moves = bound is None or approx_kl <= bound
                 self.update_critic(minibatch, sums)
 
+    @span("policy")
     def update_policy(self, minibatch: Episodes, sums: UpdateSums) -> float:
         """One optimizer step with both gradients; returns the minibatch's mean approximate KL before it, nats."""
         found = self.policy.accumulate(self.policy_loss, minibatch)
@@ -116,11 +121,13 @@ class Ppo:
         sums.norm("policy", self.policy.step())
         return float(found["approx_kl"] / found["tokens"].clamp(min=1))
 
+    @span("critic")
     def update_critic(self, minibatch: Episodes, sums: UpdateSums) -> None:
         if self.critic is not None:
             sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
             sums.norm("critic", self.critic.step())
 
+    @span("reference")
     def held_against_reference(self, rollouts: Rollouts, trained: bool = True) -> _Held:
         """What reference and, where it is asked for, the policy's training forward say of the answers. Collective."""
         ppo, temperature = self.config.ppo, self.sampling.temperature
@@ -170,6 +177,7 @@ class Ppo:
             values, batch.values, batch.returns, batch.mask, clip=self.config.ppo.value_clip, tokens=count
         )
 
+    @span("log-prob gap")
     def logprob_gap(self, rollouts: Rollouts, trained: Tensor | None) -> float:
         """|rollout − training forward| log-prob, nats: over all rows where `trained` has the latter, else over the
         first micro-batch of every rank. Collective.
@@ -265,7 +273,9 @@ def ppo(config: PpoConfig, report: Report) -> None:
     with watchdog.watching(world, config.run.hang_seconds), saver.running():
         for number in range(saver.done + 1, iterations + 1):
             before = run.validate() if number == 1 and every > 1 else {}
-            metrics, found = run.iteration(number), {}
+            with spans.step(number):
+                metrics = run.iteration(number)
+            found: dict[str, float] = {}
             ends = number == iterations or run.is_spent(metrics)
             if ends or (every and number % every == 0):
                 found = run.validate()
