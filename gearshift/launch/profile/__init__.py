@@ -50,7 +50,8 @@ def missing(recorder: Recorder) -> str:
         return ""
     what = f"{got} of {wanted} {recorder.unit}s were" if got else "nothing was"
     had = f"{recorder.came} {recorder.unit}{'s' * (recorder.came != 1)}"
-    return f"run.profile: {what} profiled: this start had {had}, and run.profile.after lets {after} go by first, to warm up"
+    ahead = f"run.profile.after lets {after} go by first, to warm up"
+    return f"run.profile: {what} profiled: this start had {had}, and {ahead}"
 
 
 def write(command: str, folder: Path, recorder: Recorder, report: Report) -> None:
