@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gearshift.engine.work import decode_flops, forward_flops, optimizer_bytes
+
 BF16, FP32 = 2, 4
 # Bytes of a parameter of a model that trains: bf16 weight; fp32 gradient, weight and two moments; the policy's average.
 TRAINED, AVERAGE, FROZEN = BF16 + 4 * FP32, FP32, BF16
 MOVABLE = 3 * FP32 + AVERAGE  # of the policy's: what may lie in host memory during rollouts
-STEP_BYTES = 38  # that an optimizer step reads and writes for a parameter: the above, most of it twice
+STEP_BYTES = optimizer_bytes(BF16, average=True)  # that an optimizer step reads and writes for a parameter
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,12 @@ class Shape:
         return self.body + self.head * (1 if self.tied else 2)
 
     def forward_flops(self, tokens: int, targets: int = 0) -> float:
-        """Of one row; log-probs are asked for at so many `targets`. Causal attention sees half of its square."""
-        return 2.0 * self.body * tokens + 2.0 * self.layers * self.hidden * tokens**2 + 2.0 * self.head * targets
+        """Of one row; log-probs are asked for at so many `targets`."""
+        return forward_flops(self.body, self.layers * self.hidden, tokens, self.head, targets)
+
+    def decode_flops(self, positions: float) -> float:
+        """Of one token after so many."""
+        return decode_flops(self.body, self.layers * self.hidden, self.head, positions)
 
     def cache_bytes(self, tp_size: int) -> int:
         """Keys and values of a position on one rank; heads are repeated where there are fewer than ranks."""
@@ -213,10 +219,9 @@ def generation(shape: Shape, work: Work, rates: Rates, ranks: int, tp_size: int,
         "memory bandwidth": waves * weights / rates.bandwidth,
     }
     positions = work.prompt + work.response / 2
-    attention = 4 * shape.layers * shape.hidden * positions
     step = {
         "memory bandwidth": (weights + slots * positions * shape.cache_bytes(tp_size)) / rates.bandwidth,
-        "flops": rates.computing(slots * (2.0 * (shape.body + shape.head) + attention) / tp_size, rates.forward_share),
+        "flops": rates.computing(slots * shape.decode_flops(positions) / tp_size, rates.forward_share),
     }
     reduced = 2 * shape.layers * rates.summed(BF16 * shape.hidden * slots, tp_size)
     steps = waves * work.response

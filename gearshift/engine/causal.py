@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gearshift.engine.adapters import adapters_off
 from gearshift.engine.batches import Rollouts, response_targets
+from gearshift.engine.counting import count_pass
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
@@ -151,6 +152,7 @@ class CausalModel(ZeroModel):
             spread = (rows.spread(values) for values in found)
             return torch.stack([values.gather(1, positions) * micro.mask for values in spread], dim=-1)
 
+        count_pass(reference.module, rollouts)
         logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
         return logprobs, ref_logprobs, kl
 

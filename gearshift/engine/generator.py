@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gearshift.engine import scoring
 from gearshift.engine.batches import Prompts, Rollouts, Rows
+from gearshift.engine.counting import count_generation
 from gearshift.engine.decoder import Feed, draw
 from gearshift.engine.distributed import World
 from gearshift.engine.exchange import gather_rows
@@ -77,7 +78,9 @@ class Generator:
             raise UserError(f"rollout.top_k: {sampling.top_k} is more than the model's {vocabulary} tokens")
         slots = min(len(pooled), self._slots or len(pooled))
         self._make_room(slots, int((pooled.lengths + pooled.limits).max()) if len(pooled) else 0)
-        return _Decoding(self._replica, pooled, sampling, slots).run().select(own)
+        answered = _Decoding(self._replica, pooled, sampling, slots).run()
+        count_generation(self._replica, answered, slots)
+        return answered.select(own)
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from gearshift.engine.causal import CausalModel
+from gearshift.engine.counting import count_shift
 from gearshift.engine.decoder import Recorder, recorder_of
 from gearshift.engine.distributed import TensorParallelGroup, now
 from gearshift.engine.flash import flash_kernel
@@ -18,6 +19,7 @@ from gearshift.engine.reshard import ReshardPlan
 from gearshift.engine.settings import check_shift
 from gearshift.engine.sharded import check_shards, held_names, zero_shards
 from gearshift.engine.shift import Shift
+from gearshift.engine.spans import span
 
 # A larger cache of keys and values is not worth its memory in training: to capture its graphs again takes little of the
 # time of a rollout that fills it.
@@ -126,6 +128,7 @@ class HybridEngine(CausalModel):
                 memory.release()
                 shift.buffers.release()
 
+    @span("shift")
     def _bring(self, replica: Replica, shift: Shift, memory: Releasable) -> None:
         self.shift_seconds = self.allocation_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
@@ -137,6 +140,7 @@ class HybridEngine(CausalModel):
         allocated = now(self.world.device)
         replica.stamp = None  # what a shift that fails leaves behind is of no step
         moved = shift.run(zero_shards(self.module))
+        count_shift(replica)
         self.allocation_seconds, self.shift_seconds = allocated - start, now(self.world.device) - allocated
         self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
         replica.stamp = self.stamp

@@ -31,12 +31,13 @@ _MEMORY_ALONE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty
 
 @dataclass(frozen=True)
 class Done:
-    """An operation (name "" for a call of the compiled library) and what does it again."""
+    """An operation (`native`: a call of the compiled library) and what does it again."""
 
     name: str
     args: tuple[Any, ...]
     out: Any
     call: Call
+    native: bool = False
 
 
 class Tape:
@@ -51,12 +52,18 @@ class Tape:
         log = _Log()
         with native.noted(log.note), _NothingToPython(), log:
             step()
-        return partial(_replay, [done.call for done in joined(log.done)], log.kept)
+        done = joined(log.done)
+        names = {number: one.name for number, one in enumerate(done) if one.native}
+        return partial(_replay, [one.call for one in done], names, log.kept)
 
 
 @torch.inference_mode()
-def _replay(calls: list[Call], kept: list[Any]) -> None:
-    """`kept`: the tensors that compiled functions among the calls know by their addresses alone."""
+def _replay(calls: list[Call], names: dict[int, str], kept: list[Any]) -> None:
+    """`names`: of the compiled functions among the calls; `kept`: tensors that these know by their addresses alone."""
+    if native.is_surrounded():
+        for number, call in enumerate(calls):
+            native.within(names[number], call) if number in names else call()
+        return
     for call in calls:
         call()
 
@@ -74,8 +81,8 @@ class _Log(TorchDispatchMode):
         self.done: list[Done] = []
         self.kept: list[Any] = []
 
-    def note(self, call: Call) -> None:
-        self.done.append(Done("", (), None, call))
+    def note(self, name: str, call: Call) -> None:
+        self.done.append(Done(name, (), None, call, native=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,7 +159,7 @@ def joined(done: list[Done]) -> list[Done]:
     while at < len(done):
         some = done[at : at + len(_ROTATION)]
         call = _rotation(some) if [one.name for one in some] == _ROTATION else None
-        found.append(done[at] if call is None else Done("rotate_half", (), some[-1].out, call))
+        found.append(done[at] if call is None else Done("rotate_half", (), some[-1].out, call, native=True))
         at += 1 if call is None else len(_ROTATION)
     return found
 
@@ -184,7 +191,7 @@ def _rotation(some: list[Done]) -> Call | None:
         return None
     cos, sin = (t.expand(angles)[:, 0, 0] for t in (cos, sin))
     calls: list[Call] = []
-    with native.noted(calls.append):  # what it comes to, without the Python before it
+    with native.noted(lambda name, call: calls.append(call)):  # what it comes to, without the Python before it
         rotate_half(x[:, :, 0], cos, sin, total.out[:, :, 0])
     return calls[0]
 

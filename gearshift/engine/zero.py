@@ -22,11 +22,13 @@ from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.average import WeightAverage
 from gearshift.engine.balance import balanced, by_length, parts_needed
 from gearshift.engine.batches import Rows
+from gearshift.engine.counting import count_pass, count_step
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.packing import Packed, Padded, keeps_apart
 from gearshift.engine.saving import save_pretrained
+from gearshift.engine.spans import span
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
 
@@ -196,6 +198,7 @@ class ZeroModel:
         """How a forward takes rows [B, S] that are `width` wide, of which `lengths [B]` tokens are real."""
         return Packed(lengths, width) if lengths is not None and self.packs else Padded()
 
+    @span("forward and backward")
     def accumulate(self, loss: LossFunction, batch: Rows, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradient of `weight · loss(batch)` to what the next `step` applies. Collective.
 
@@ -204,6 +207,7 @@ class ZeroModel:
         and ranks. A loss that no rank has terms for is 0.
         """
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
+        count_pass(self.module, batch, backward=True)
         sums: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Rows]] = []
         micro_batches = self._micro_batches(batch)
@@ -229,6 +233,7 @@ class ZeroModel:
     def evaluate(self, loss: LossFunction, batch: Rows) -> dict[str, Tensor]:
         """What `accumulate` returns, without gradients."""
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
+        count_pass(self.module, batch)
         sums: dict[str, Tensor] = {}
         for _, micro, real in self._micro_batches(batch):
             result = loss(self, micro, count.clamp(min=1.0).float())
@@ -236,12 +241,14 @@ class ZeroModel:
                 sums[name] = sums.get(name, 0) + value.double() * real
         return self._summed(sums)
 
+    @span("optimizer step")
     def step(self) -> float:
         """One optimizer step with the gradients accumulated since the last; returns their norm before clipping."""
         if self.training is None:
             raise RuntimeError("this model is frozen: it was built without `training`")
         if self._averaging:
             raise RuntimeError("the weights are their moving average: leave `averaged` before a step")
+        count_step(self)
         self.engine.step()
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -268,6 +275,7 @@ class ZeroModel:
     @torch.no_grad()
     def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
         """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective."""
+        count_pass(self.module, batch)
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
         results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch)]
         parts = [result for _, result, real in results if real]

@@ -148,6 +148,8 @@ def _through_library(
     pointers = map(native.pointer, (query, key, value, keys, values, positions, sinks, out))
     rest = (ctypes.byref(shape), *pointers)
     attend = native.function("decode_attention", "ii" + "p" * len(rest))
-    if native.run(lambda: any(native.over_rows(lambda first, last: attend(first, last, *rest), rows))):
+    if native.run(
+        "decode_attention", lambda: any(native.over_rows(lambda first, last: attend(first, last, *rest), rows))
+    ):
         raise MemoryError(f"decode_attention: no memory for the scores of {keys.shape[2]} positions")
     return out

@@ -28,7 +28,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     x = x.contiguous()
     product = native.function("few_rows_linear", "iiipppp")
     pointers = map(native.pointer, (x, weight, bias, out))
-    if native.run(functools.partial(product, rows, weight.shape[1], weight.shape[0], *pointers)):
+    if native.run("few_rows_linear", functools.partial(product, rows, weight.shape[1], weight.shape[0], *pointers)):
         raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {weight.shape[1]} features")
     return out
 

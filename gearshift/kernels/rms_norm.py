@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds:
     x = x.contiguous()
     out = torch.empty_like(x)
     rest = (x.shape[-1], *map(native.pointer, (x, weight)), eps, offset, native.pointer(out))
-    native.run(functools.partial(_rows, x.numel() // max(1, x.shape[-1]), rest))
+    native.run("rms_norm", functools.partial(_rows, x.numel() // max(1, x.shape[-1]), rest))
     return out
 
 

@@ -21,7 +21,7 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     assert all(tensor.stride(-1) == 1 for tensor in (x, cos, sin, out))
     pointers = map(native.pointer, (x, cos, sin, out))
     turn = native.function("rotate_half", "iiippppp")
-    native.run(functools.partial(turn, *x.shape, *pointers, (ctypes.c_int64 * 6)(*strides)))
+    native.run("rotate_half", functools.partial(turn, *x.shape, *pointers, (ctypes.c_int64 * 6)(*strides)))
 
 
 def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

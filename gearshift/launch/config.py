@@ -262,11 +262,12 @@ def help_text(command: str) -> str:
     """Usage, and one entry per field: name, type, default, what it is and its unit."""
     config_class = CONFIGS[command]
     doc = (config_class.__doc__ or "").strip()
+    of_stages = " [--resume auto|PATH|never] [--max-restarts N] [--profile]"
     lines = [
         f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--master_port PORT] [--hostfile HOSTS"
         " [--include|--exclude HOST[:SLOTS]@...] [--launcher pdsh|openmpi|slurm] [--launcher_args=ARGS]"
         " [--master_addr ADDRESS] [--ssh_port PORT] [--venv_script FILE]]"
-        + (" [--resume auto|PATH|never] [--max-restarts N]" if "checkpoint" in config_class.model_fields else ""),
+        + (of_stages if "checkpoint" in config_class.model_fields else ""),
         "",
         doc,
         "CONFIG.yaml holds the sections below; each field can also be set as --section.field value.",

@@ -60,4 +60,5 @@ def prepare_environment() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns and stops by itself after a fork
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # none: it tells of every start and end of a profile
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a host that cannot be reached is told in one line of ours

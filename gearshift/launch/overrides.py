@@ -24,7 +24,8 @@ class Arguments:
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`,
-    `--resume auto|PATH|never` (which is checkpoint.resume), `--max-restarts N`, `--help`, and `LAUNCHER`.
+    `--resume auto|PATH|never` (which is checkpoint.resume), `--profile` (run.profile.iterations 1), `--max-restarts N`,
+    `--help`, and `LAUNCHER`.
 
     `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
     Raises UserError for anything else.
@@ -35,6 +36,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         word = rest.pop(0)
         if word in ("-h", "--help"):
             arguments.help = True
+        elif word == "--profile":
+            arguments.overrides.append(("run.profile.iterations", "1"))
         elif not word.startswith("--"):
             _set_config(arguments, word)
         else:

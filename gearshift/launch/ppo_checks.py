@@ -19,6 +19,7 @@ def check_ppo(config: PpoConfig, ranks: int) -> None:
     _check_best(config)
     _check_ptx(config)
     _check_offload(config)
+    _check_profile(config)
 
 
 def divides(field: str, value: int, divisor: int, what: str, step: int | None = None) -> None:
@@ -45,6 +46,17 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
             f"{ppo.batch_size}), which do not divide by the {ranks} ranks (run.ranks): use {fitting}",
         )
     divides("ppo.episodes", ppo.episodes, ppo.batch_size, f"ppo.batch_size = {ppo.batch_size}")
+
+
+def _check_profile(config: PpoConfig) -> None:
+    profile, iterations = config.run.profile, config.ppo.iterations
+    if profile.iterations and profile.after + profile.iterations > iterations:
+        fewer = "run.profile.after: 0 or " if profile.iterations <= iterations else ""
+        raise SettingError(
+            "run.profile",
+            f"{profile.iterations} to profile after {profile.after} (run.profile.after), but the run has "
+            f"{'1 iteration' if iterations == 1 else f'{iterations} iterations'}: use {fewer}more ppo.episodes",
+        )
 
 
 def _check_adaptive_kl(config: PpoConfig) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gearshift.launch.arithmetic import batch_arithmetic
+from gearshift.launch.profile import profiled
 from gearshift.launch.progress import Progress
 from gearshift.launch.tracking import Tracker
 from gearshift.rlhf.reporting import Report
@@ -83,5 +84,5 @@ def reporter(command: str, config: Config) -> Iterator[Report]:
 
 def run_stage(command: str, stage: Callable[[Any, Report], None], config: Config) -> None:
     """`stage(config, report)` in this rank."""
-    with reporter(command, config) as report:
+    with reporter(command, config) as report, profiled(command, config, report):
         stage(config, report)

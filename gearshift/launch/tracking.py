@@ -102,13 +102,14 @@ def _cut(file: Any, step: int) -> Any:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier run's dashboards and report, which the new run's files would join instead of replacing."""
+    """Remove an earlier run's dashboards, report and profile, which the new run's files would join, not replace."""
     if not (folder / "metrics.jsonl").is_file():
         return  # no run was here: whatever else is, is not ours
-    for name in ("tensorboard", "report"):
+    for name in ("tensorboard", "report", "profile"):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-    (folder / "report.html").unlink(missing_ok=True)
+    for name in ("report.html", "profile.md"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write(file: Any, row: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ MEANING = (
     "optimizer.name",
 )
 # Read by no step: where the run writes, and how it was started.
-SILENT = ("run.folder", "run.overwrite", "run.ranks", "checkpoint")
+SILENT = ("run.folder", "run.overwrite", "run.ranks", "run.profile", "checkpoint")
 FREE = ("data.validation",)
 
 

@@ -17,8 +17,10 @@ from gearshift.engine import (
     Rollouts,
     World,
     init_distributed,
+    spans,
     watchdog,
 )
+from gearshift.engine.spans import span
 from gearshift.engine.zero import ZeroModel
 from gearshift.kernels import Loss
 from gearshift.rlhf.best import Best
@@ -60,14 +62,16 @@ class Ppo:
         with phases.phase("generation"), self.policy.rollout() as generator:
             rollouts = generator.generate(prompts, self.sampling)
         with phases.phase("score"):
-            scores = self.reward_model.score(rollouts)
+            with span("reward model"):
+                scores = self.reward_model.score(rollouts)
             held = self.held_against_reference(rollouts)
             gap = self.logprob_gap()
             if held.trained is not None:
                 gap.see(held.trained, rollouts.logprobs, rollouts.mask)
                 metrics["rollout/logprob_gap"] = gap.check()
             rollouts, weights = self.as_trained(rollouts, held.trained)
-            values = None if self.critic is None else self.critic.values(rollouts)
+            with span("critic"):
+                values = None if self.critic is None else self.critic.values(rollouts)
             episodes = build_episodes(
                 rollouts,
                 scores,
@@ -119,6 +123,7 @@ class Ppo:
                 self.update_critic(minibatch, sums)
         return found
 
+    @span("policy")
     def update_policy(self, minibatch: Episodes, sums: UpdateSums, gap: LogprobGap | None = None) -> float:
         """One optimizer step with both gradients; returns the minibatch's mean approximate KL before it, nats.
 
@@ -134,11 +139,13 @@ class Ppo:
         sums.norm("policy", self.policy.step())
         return float(found["approx_kl"] / found["tokens"].clamp(min=1))
 
+    @span("critic")
     def update_critic(self, minibatch: Episodes, sums: UpdateSums) -> None:
         if self.critic is not None:
             sums.add("value", self.critic.accumulate(self.value_loss, minibatch))
             sums.norm("critic", self.critic.step())
 
+    @span("reference")
     def held_against_reference(self, rollouts: Rollouts, trained: bool = True) -> _Held:
         """What reference and, where it is asked for, the policy's training forward say of the answers. Collective."""
         ppo, temperature = self.config.ppo, self.sampling.temperature
@@ -268,7 +275,9 @@ def ppo(config: PpoConfig, report: Report) -> None:
     with watchdog.watching(world, config.run.hang_seconds), saver.running():
         for number in range(saver.done + 1, iterations + 1):
             before = run.validate() if number == 1 and every > 1 else {}
-            metrics, found = run.iteration(number), {}
+            with spans.step(number):
+                metrics = run.iteration(number)
+            found: dict[str, float] = {}
             ends = number == iterations or run.is_spent(metrics)
             if ends or (every and number % every == 0):
                 found = run.validate()

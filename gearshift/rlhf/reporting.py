@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from gearshift.engine import watchdog
+from gearshift.engine.spans import span
 
 
 class Report(Protocol):
@@ -40,7 +41,7 @@ class Phases:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with watchdog.phase(name):
+            with watchdog.phase(name), span(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -55,6 +55,21 @@ class RunSettings(Section):
     )
 
 
+class ProfileSettings(Section):
+    """A profile of some iterations (ppo) or steps: profile.md and profile/ in the run folder."""
+
+    iterations: int = Field(
+        0, ge=0, description="Iterations (ppo) or steps to profile, 0: none; --profile alone is 1 (docs/performance.md)"
+    )
+    after: int = Field(1, ge=0, description="Iterations or steps of this start that go before, to warm up")
+
+
+class StageRunSettings(RunSettings):
+    """Where a run writes, and on what."""
+
+    profile: ProfileSettings = ProfileSettings()
+
+
 class PolicySettings(Section):
     """The model that is trained."""
 
@@ -139,6 +154,7 @@ class Config(Section):
 class PretrainConfig(Config):
     """A base model (and tokenizer) from text."""
 
+    run: StageRunSettings
     policy: PolicySettings
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -164,6 +180,7 @@ class RewardConfig(PretrainConfig):
 class PpoConfig(Config):
     """PPO, and PPO-ptx with ptx.coef above 0."""
 
+    run: StageRunSettings
     policy: PolicySettings
     reward: RewardSettings
     critic: CriticSettings = CriticSettings()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gearshift.engine import Rows, watchdog
+from gearshift.engine import Rows, spans, watchdog
 from gearshift.engine.zero import LossFunction, ZeroModel
 from gearshift.rlhf.best import Best
 from gearshift.rlhf.guards import stopping
@@ -39,7 +39,8 @@ def fit(
     found: dict[str, float] = {}
     with watchdog.watching(model.world, saver.config.run.hang_seconds), saver.running():
         for step in range(saver.done + 1, steps + 1):
-            metrics = _step(model, loss, next(batches), step, saver.config.run.folder)
+            with spans.step(step):
+                metrics = _step(model, loss, next(batches), step, saver.config.run.folder)
             validated = step == steps or bool(validate_every and step % validate_every == 0)
             if validated:
                 with watchdog.phase(f"the validation after step {step}"):

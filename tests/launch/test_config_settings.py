@@ -83,6 +83,13 @@ WRONG = [
         "ppo.minibatches: 64 makes minibatches of 1 episodes (of ppo.batch_size = 64), which do not divide by the "
         "2 ranks (run.ranks): use 1, 2, 4, 8, 16 or 32",
     ),
+    (
+        "run.profile",
+        {"iterations": 2, "after": 9},
+        "run.profile: 2 to profile after 9 (run.profile.after), but the run has 10 iterations: "
+        "use run.profile.after: 0 or more ppo.episodes",
+    ),
+    ("run.profile.iterations", 11, "run.profile: 11 to profile after 1 (run.profile.after), but the run has 10 itera"),
     ("ppo.episodes", 650, "ppo.episodes: 650 does not divide by ppo.batch_size = 64: use 640 or 704"),
     ("ptx.coef", 27.8, "ptx.data: needed with ptx.coef above 0"),
     (

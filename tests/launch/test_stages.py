@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -71,15 +72,56 @@ def check_run_folder(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
+# In the order in which they begin.
+PHASES = ["generation", "generation/shift", "score", "score/reward model", "score/reference", "score/log-prob gap"]
+PHASES += ["score/critic", "train", "train/policy", "train/policy/forward and backward"]
+PHASES += ["train/policy/optimizer step", "train/critic", "train/critic/forward and backward"]
+PHASES += ["train/critic/optimizer step"]
+
+
+def check_profile(folder: Path) -> None:
+    """Both ranks' traces have the phases as ranges; the page's shares add up, and training is thrice the forward."""
+    for rank in range(2):
+        with gzip.open(folder / f"profile/rank{rank}.json.gz", "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        assert {"iteration", *PHASES} <= {e["name"] for e in events if e.get("cat") == "user_annotation"}
+    page = (folder / "profile.md").read_text(encoding="utf-8")
+    assert page.startswith("# Profile of gearshift ppo, iteration 2\n\nRank 0 of 2 ranks on the CPU; ")
+    times, roofline = table(page, "Where the time goes"), table(page, "Against the machine")
+    names = [row[0].count("&emsp;") * "  " + row[0].replace("&emsp;", "") for row in times]
+    shown = [name.count("/") * "  " + name.split("/")[-1] for name in PHASES]
+    assert names == [*shown, "between phases", "iteration"]
+    shares = [float(row[2].removesuffix("%")) for row in times if "&emsp;" not in row[0]]
+    assert shares[-1] == 100
+    assert sum(shares[:-1]) == pytest.approx(100, abs=0.3)
+    for row in times:
+        assert sum(float(part.removesuffix("%")) for part in row[3:]) == pytest.approx(100, abs=0.2)
+    flops = {row[0].replace("&emsp;", ""): float(row[1]) for row in roofline if row[1] != "-"}
+    assert flops["forward and backward"] == pytest.approx(3 * flops["reward model"], rel=0.02)  # the critic's is last
+    assert flops["score"] == pytest.approx(
+        flops["reward model"] * 2 + flops["reference"] + flops["log-prob gap"], rel=0.02
+    )
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows under a heading."""
+    section = page.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
 def test_ppo_from_the_shell(here: Path, models: dict[str, str]) -> None:
     """The text of a template on the command line reaches the ranks as it is; the finished run is not written over."""
     config = write(ppo_ptx(models, prompt_rows(12)))
     words = ["-m", "gearshift.launch", "ppo", config, "--data.prompt_template", "{prompt}\n"]
-    done = run(*words)
+    done = run(*words, "--profile")
     assert done.returncode == 0, done.stderr
+    assert "profile      runs/ppo/profile.md says where the time goes" in done.stderr
+    assert "USDT" not in done.stderr
     assert "12 of 12 rows" in done.stderr
     assert "ppo: iteration 2/2, reward " in done.stderr
     samples = check_run_folder(Path("runs/ppo"))
+    check_profile(Path("runs/ppo"))
     assert {row["prompt"] for row in samples} <= {f"{row['prompt']}\n" for row in prompt_rows(12)}
     again = run(*words)
     assert again.returncode == 2

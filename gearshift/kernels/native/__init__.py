@@ -11,8 +11,8 @@ import functools
 import importlib.machinery
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,18 +45,43 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     return found
 
 
-_notes: list[Callable[[Callable[[], int]], None]] = []
+_notes: list[Callable[[str, Callable[[], int]], None]] = []
+_around: Callable[[str], AbstractContextManager[Any]] | None = None
 
 
-def run(call: Callable[[], int]) -> int:
-    """`call()`, a call of the library whose arguments stay what they are; told to who has asked for that (`noted`)."""
+def run(name: str, call: Callable[[], int]) -> int:
+    """`call()`, a call of the library's function `name`, whose arguments stay what they are; told to who has asked for
+    that (`noted`)."""
     for note in _notes:
-        note(call)
-    return call()
+        note(name, call)
+    return call() if _around is None else within(name, call)
+
+
+def within(name: str, call: Callable[[], Any]) -> Any:
+    """`call()` inside of what `surrounded` was given, if it was."""
+    if _around is None:
+        return call()
+    with _around(f"gearshift::{name}"):
+        return call()
+
+
+def is_surrounded() -> bool:
+    return _around is not None
 
 
 @contextmanager
-def noted(note: Callable[[Callable[[], int]], None]) -> Iterator[None]:
+def surrounded(around: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Every call of the library in here is inside `around("gearshift::NAME")`: a profiler does not see it by itself."""
+    global _around
+    _around = around
+    try:
+        yield
+    finally:
+        _around = None
+
+
+@contextmanager
+def noted(note: Callable[[str, Callable[[], int]], None]) -> Iterator[None]:
     """Every call of the library in here is given to `note`."""
     _notes.append(note)
     try:
