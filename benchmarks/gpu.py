@@ -1,7 +1,7 @@
 """Everything that a GPU is needed for, on a machine that has one and no network, in one go or in a few.
 
     python benchmarks/gpu.py wheels DIR                   here: the packages that such a machine is likely to lack
-    python benchmarks/gpu.py run OUT --wheels DIR         there: tests of the kernels, all benchmarks, two steps of PPO
+    python benchmarks/gpu.py run OUT --wheels DIR         there: tests of the kernels, all benchmarks, steps of PPO
     python benchmarks/gpu.py run OUT linear_kl rollout    there: some parts only
     python benchmarks/gpu.py run OUT --within 570         there: no longer than so many seconds
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shlex
@@ -101,6 +102,7 @@ class Setting:
     work: Path  # a folder for files that are not results
     gpus: int  # 0: none, a rehearsal
     tiny: bool
+    compile_limit: float = 60  # seconds for torch.compile, one of the peers; 0: without it
 
     @property
     def ranks(self) -> int:
@@ -108,23 +110,29 @@ class Setting:
 
 
 def tests(setting: Setting) -> Part:
-    """Of the kernels and of captured decoding; not the check that kernels compile for other GPUs, which needs none."""
+    """Of the kernels and of captured decoding; not the check that kernels compile for other GPUs, which needs none.
+
+    Compiling takes most of it: several processes, where pytest-xdist is there.
+    """
+    # Of the functions for processors, whose tests fail without them; the kernels' do not.
+    build = ["sh", "-c", f"{shlex.quote(sys.executable)} setup.py --quiet build_ext --inplace || echo not built"]
     command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/engine/test_decoder.py"]
-    command += ["-q", "-p", "no:cacheprovider"]
-    command += ["--ignore=tests/kernels/test_compiled.py"]
+    command += ["-q", "-p", "no:cacheprovider", "--ignore=tests/kernels/test_compiled.py"]
+    cores = os.cpu_count() or 1
+    if importlib.util.find_spec("xdist") and cores > 4:
+        command += ["-n", str(min(12, cores - 2))]
     if setting.tiny:
         command += ["-k", "value_loss"]
-    # The test run's own default is one thread, for machines with few cores.
-    environment = {"OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1))}
-    if setting.gpus:  # else the interpreter stays on, which serves CPU tensors
-        environment["TRITON_INTERPRET"] = "0"
-    return Part("tests", 420, [command], environment=environment)
+    # The interpreter serves CPU tensors; without a GPU it stays on.
+    environment = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "0"} if setting.gpus else {})
+    return Part("tests", 300, [build, command], environment=environment)
 
 
 def kernel(name: str, limit: float) -> Callable[[Setting], Part]:
     def part(setting: Setting) -> Part:
         out = setting.work / f"{name}.json"
         command = [sys.executable, "-m", f"benchmarks.kernels.{name}", "--out", str(out)]
+        command += ["--compile-limit", str(setting.compile_limit)] if not setting.tiny else []
         if setting.tiny:
             command += ["--tokens", "64", "--hidden", "32", "--vocabularies", "512", "--sequences", "8"]
             command += ["--lengths", "32", "--repeats", "2", "--compile-limit", "0"]
@@ -171,7 +179,7 @@ def rollout(setting: Setting) -> Part:
     out = setting.work / "rollout.json"
     sizes = {
         "hidden": 1536, "layers": 36, "heads": 12, "vocabulary": 32000, "prompts": 64, "prompt-tokens": 256,
-        "new-tokens": 128, "repeats": 3,
+        "new-tokens": 128, "repeats": 2,
     }  # fmt: skip
     if setting.tiny:
         sizes |= {"hidden": 48, "layers": 2, "vocabulary": 512, "prompts": 4, "prompt-tokens": 8, "new-tokens": 8}
@@ -180,7 +188,7 @@ def rollout(setting: Setting) -> Part:
 
 
 def ppo(setting: Setting) -> Part:
-    """Two iterations, since the first one also compiles; on a policy and a reward model with random weights."""
+    """Three iterations, since the first one also compiles; on a policy and a reward model with random weights."""
     models, config, run = (setting.work / name for name in ("models", "models/ppo.yaml", "ppo"))
     make = [sys.executable, str(ROOT / "benchmarks/gpu_models.py"), str(models), "--ranks", str(setting.ranks)]
     make += ["--tiny"] if setting.tiny else []
@@ -193,13 +201,13 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "tests": tests,
     "linear_logprob": kernel("linear_logprob", 480),
     "linear_kl": kernel("linear_kl", 420),
+    "ppo": ppo,
+    "decode": decode,
+    "rollout": rollout,
     "ppo_targets": kernel("ppo_targets", 240),
     "policy_loss": kernel("policy_loss", 120),
     "value_loss": kernel("value_loss", 120),
-    "decode": decode,
     "shift": shift,
-    "rollout": rollout,
-    "ppo": ppo,
 }
 KERNELS = ("linear_logprob", "linear_kl", "ppo_targets", "policy_loss", "value_loss")
 
@@ -223,7 +231,7 @@ def run(options: argparse.Namespace) -> int:
             return 2
         print(f"{gpu}, {count} of them; parts: {', '.join(chosen(options.parts))}", flush=True)
         environment = environment_of(options, work)
-        setting = Setting(work, count, options.tiny)
+        setting = Setting(work, count, options.tiny, options.compile_limit)
         out = work / "results" if options.archive else options.out
         told = []
         for name in chosen(options.parts):
@@ -361,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, kernels (five); none: all")
     start.add_argument("--wheels", type=Path, metavar="DIR", help="what `wheels` has collected, installed first")
     start.add_argument("--within", type=float, help="seconds that the whole call may take")
+    start.add_argument("--compile-limit", type=float, default=60, help="seconds for torch.compile; 0: without it")
     start.add_argument("--archive", action="store_true", help="results as one .tar.gz")
     start.add_argument("--tiny", action="store_true", help="toy sizes")
     start.add_argument("--dry-run", action="store_true", help="print the commands only")

@@ -76,7 +76,7 @@ def ppo_config(folder: Path, ranks: int, tiny: bool) -> dict[str, Any]:
         "data": {"train": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64},
         "rollout": {"tp_size": ranks if 8 % ranks == 0 else 1, "max_new_tokens": 8 if tiny else 256},
         "ppo": {
-            "episodes": 2 * batch, "batch_size": batch, "minibatches": 2, "micro_batch_size": 8,
+            "episodes": 3 * batch, "batch_size": batch, "minibatches": 2, "micro_batch_tokens": 1 << 16,
             "warmup_iterations": 0, "samples_every": 0, "kl": {"estimator": "exact"},
         },
         "optimizer": {"learning_rate": 1e-6},

@@ -42,7 +42,7 @@ def rotary_kernel(
     tl.store(target + half + at, high.to(first.dtype), mask=inside)
 
 
-ROTARY = Launch(rotary_kernel, {}, num_warps=1)
+ROTARY = Launch(rotary_kernel, {}, num_warps=1, fuses=False)
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,18 +16,21 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Launch:
     """A kernel with its block sizes and its numbers of warps and pipeline stages: one default for every device.
 
-    `options`: constant arguments that pick a form of the kernel (with a bias, with an entropy), by name.
+    `fuses`: a product and a sum may be one operation, with one rounding. `options`: constant arguments that pick a form
+    of the kernel (with a bias, with an entropy), by name.
     """
 
     kernel: Any
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 1
+    fuses: bool = True
 
     def __call__(self, grid: tuple[int, ...] | Callable[..., tuple[int, ...]], *args: Any, **options: Any) -> None:
         """Runs it. Nothing to do is no launch."""
         if callable(grid) or all(grid):
-            self.kernel[grid](*args, **options, **self.blocks, num_warps=self.num_warps, num_stages=self.num_stages)
+            how = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
+            self.kernel[grid](*args, **options, **self.blocks, **how)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,11 @@ def compile_form(form: Any, architecture: int) -> Any:
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in MULTIPLES]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": form.launch.num_warps, "num_stages": form.launch.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": form.launch.num_warps,
+        "num_stages": form.launch.num_stages,
+        "enable_fp_fusion": form.launch.fuses,
+    }
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
