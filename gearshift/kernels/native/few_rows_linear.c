@@ -2,6 +2,7 @@
  *
  * A vector holds one input feature of LANES rows. A tile of outputs keeps its sums in registers while the features go
  * by: each sum adds its products in one fixed order, so a row's result has the same bits whatever rows stand beside it.
+ * That a product and its sum are one operation is written out: compilers choose otherwise from one tile to the next.
  * Called through ctypes (gearshift/kernels/native/__init__.py).
  */
 #include <stdint.h>
@@ -9,6 +10,10 @@
 
 #include "native.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define WIDE __attribute__((target("avx512f,avx512vl")))
 #define LANES 16  /* rows of a vector */
 #define TILE 8    /* outputs of a tile: for two vectors of rows 16 sums, of the 32 registers that AVX-512 has */
 #define LINE 16   /* features of a cache line: the next tile's are asked for while this one's are multiplied */
@@ -17,7 +22,7 @@
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
 
 /* [rows, features] -> [blocks][features] vectors, 0 where there is no row. */
-static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
+WIDE static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
 {
     int64_t blocks = (rows + LANES - 1) / LANES;
     for (int64_t block = 0; block < blocks; block++)
@@ -30,7 +35,7 @@ static void transpose(const float *x, int64_t rows, int64_t features, lanes *col
 }
 
 /* Sums over all features, for `outputs` (at most TILE) and `blocks` (1 or 2) vectors of rows: known where inlined. */
-static inline __attribute__((always_inline)) void tile(
+WIDE static inline __attribute__((always_inline)) void tile(
     const float *weight, const float *bias, int outputs, int64_t features, const lanes *columns, int blocks, float *y,
     int64_t stride, int64_t rows)
 {
@@ -45,7 +50,9 @@ static inline __attribute__((always_inline)) void tile(
             for (int64_t k = line; k < stop; k++)
                 for (int o = 0; o < outputs; o++)
                     for (int b = 0; b < blocks; b++)
-                        sums[b][o] += weight[o * features + k] * columns[b * features + k];
+                        sums[b][o] = (lanes)_mm512_fmadd_ps(
+                            _mm512_set1_ps(weight[o * features + k]), (__m512)columns[b * features + k],
+                            (__m512)sums[b][o]);
         }
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < outputs; o++)
@@ -57,7 +64,7 @@ static inline __attribute__((always_inline)) void tile(
 }
 
 /* All outputs of one or two vectors of rows. */
-static inline __attribute__((always_inline)) void outputs_of(
+WIDE static inline __attribute__((always_inline)) void outputs_of(
     const float *weight, const float *bias, int64_t outputs, int64_t features, const lanes *columns, int blocks,
     float *y, int64_t rows)
 {
@@ -68,8 +75,9 @@ static inline __attribute__((always_inline)) void outputs_of(
         tile(weight + o * features, bias ? bias + o : NULL, 1, features, columns, blocks, y + o, outputs, rows);
 }
 
-/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. 1: no memory. */
-EXPORT CLONES int gearshift_few_rows_linear(
+/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. 1: no memory. Not to
+ * be called without `gearshift_has_wide_registers`. */
+EXPORT WIDE int gearshift_few_rows_linear(
     int64_t rows, int64_t features, int64_t outputs, const float *x, const float *weight, const float *bias, float *y)
 {
     int64_t blocks = (rows + LANES - 1) / LANES;
@@ -89,6 +97,7 @@ EXPORT CLONES int gearshift_few_rows_linear(
     free(columns);
     return 0;
 }
+#endif
 
 /* Whether `gearshift_few_rows_linear` has the registers that its tiles are made for. */
 EXPORT int gearshift_has_wide_registers(void)
