@@ -8,7 +8,8 @@ import sys
 
 from benchmarks.peers.processes import ROOT
 
-REQUIREMENTS = ("trl==0.24.0", "transformers==4.57.1", "torch==2.13.0", "accelerate==1.15.0", "deepspeed==0.19.8")
+TRL = ("trl==0.24.0", "transformers==4.57.1")
+SHARED = ("torch", "accelerate", "deepspeed")  # in the versions of constraints.txt
 FOLDER = ROOT / "runs/benchmarks/trl"
 LIMIT = 1800  # seconds
 
@@ -20,15 +21,21 @@ class EnvironmentMissing(Exception):
 def python() -> str:
     """Its interpreter; makes it where it is not there yet (minutes). Raises EnvironmentMissing."""
     interpreter, installed = FOLDER / "bin/python", FOLDER / "installed"
-    wanted = "\n".join(REQUIREMENTS)
+    requirements = [*TRL, *_pinned()]
+    wanted = "\n".join(requirements)
     if installed.exists() and installed.read_text() == wanted:
         return str(interpreter)
-    print(f"installing {', '.join(REQUIREMENTS)} in {FOLDER}, once", flush=True)
+    print(f"installing {', '.join(requirements)} in {FOLDER}, once", flush=True)
     shutil.rmtree(FOLDER, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(FOLDER)])
-    _run([str(interpreter), "-m", "pip", "install", "--quiet", *REQUIREMENTS])
+    _run([str(interpreter), "-m", "pip", "install", "--quiet", *requirements])
     installed.write_text(wanted)
     return str(interpreter)
+
+
+def _pinned() -> list[str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line for name in SHARED for line in lines if line.startswith(f"{name}==")]
 
 
 def _run(command: list[str]) -> None:

@@ -1,6 +1,6 @@
 """TRL's iterations: its `PPOTrainer.train`, held up before each batch until it is this way's turn.
 
-    python -m benchmarks.peers.trl_worker FOLDER     (`ppo_step.py` starts it, in the environment of `trl_environment.py`)
+    python -m benchmarks.peers.trl_worker FOLDER     (`ppo_step.py` starts it, in an environment of its own)
 
 With several processes under DeepSpeed's ZeRO-3, with the policy gathered for generation.
 """
