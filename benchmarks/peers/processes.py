@@ -26,6 +26,7 @@ class Turn:
 
     seconds: dict[str, float]  # phase -> seconds
     peak_bytes: int  # of the process that has held most since it has loaded
+    cpu_seconds: float  # of all its processes together: hardly longer where others have a part of the machine
 
     @property
     def total(self) -> float:
@@ -78,13 +79,15 @@ class Way:
 
     def turn(self) -> Turn:
         """One iteration. Raises WorkerError."""
+        before = self.cpu_seconds()
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
         answers = self._answers()
         slowest = max(answers, key=lambda answer: sum(answer["seconds"].values()))
-        return Turn(slowest["seconds"], max(answer["peak_bytes"] for answer in answers))
+        peak = max(answer["peak_bytes"] for answer in answers)
+        return Turn(slowest["seconds"], peak, self.cpu_seconds() - before)
 
     def _answers(self) -> list[dict[str, Any]]:
         found = []

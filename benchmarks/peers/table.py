@@ -41,6 +41,7 @@ def row(turns: Sequence[Turn], episodes: int, new_tokens: int) -> dict[str, Any]
         "phases": phases,
         "episodes_per_second": episodes / seconds,
         "generated_tokens_per_second": episodes * new_tokens / phases["generation"],
+        "cpu_seconds": statistics.median(turn.cpu_seconds for turn in turns),
         "peak_bytes": max(turn.peak_bytes for turn in turns),
         "turns": [turn.seconds for turn in turns],
     }
@@ -57,13 +58,14 @@ def ratios(turns: Mapping[str, Sequence[Turn]]) -> dict[str, dict[str, float]]:
         found[peer] = {"seconds": statistics.median(a.total / b.total for a, b in pairs)}
         for phase in PHASES:
             found[peer][phase] = statistics.median(a.seconds[phase] / b.seconds[phase] for a, b in pairs)
+        found[peer]["cpu_seconds"] = statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in pairs)
         found[peer]["peak_bytes"] = max(a.peak_bytes for a, _ in pairs) / max(b.peak_bytes for _, b in pairs)
     return found
 
 
 def lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     width = max(map(len, rows))
-    heads = ("s/step", *PHASES, "episodes/s", "tokens/s", "peak MiB")
+    heads = ("s/step", *PHASES, "episodes/s", "tokens/s", "CPU s", "peak MiB")
     found = [f"{'':<{width}}" + "".join(f"{head:>12}" for head in heads)]
     for name, way in rows.items():
         seconds = [way["seconds"], *(way["phases"][phase] for phase in PHASES)]
@@ -71,7 +73,7 @@ def lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{name:<{width}}"
             + "".join(f"{value:12.3f}" for value in seconds)
             + f"{way['episodes_per_second']:12.2f}{way['generated_tokens_per_second']:12,.0f}"
-            + f"{way['peak_bytes'] / 2**20:12,.0f}"
+            + f"{way['cpu_seconds']:12.2f}{way['peak_bytes'] / 2**20:12,.0f}"
         )
     return found
 
@@ -81,8 +83,8 @@ def ratio_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     for peer, ratio in found.items():
         phases = ", ".join(f"{phase} {ratio[phase]:.2f}" for phase in PHASES)
         told.append(
-            f"{peer} takes {ratio['seconds']:.2f} times as long as {AGAINST[peer]} ({phases}) "
-            f"and {ratio['peak_bytes']:.2f} times the memory"
+            f"{peer} takes {ratio['seconds']:.2f} times as long as {AGAINST[peer]} ({phases})"
+            f", {ratio['cpu_seconds']:.2f} times the CPU time and {ratio['peak_bytes']:.2f} times the memory"
         )
     return told
 

@@ -21,24 +21,32 @@ from tests.worker_group import WorkerGroup
 TINY = Setting(vocabulary=64, hidden=16, layers=1, heads=2, episodes=4, prompt_tokens=5, new_tokens=6, micro_batch=2)
 
 
-def turn(generation: float, score: float, train: float, peak: int) -> Turn:
-    return Turn({"generation": generation, "score": score, "train": train}, peak)
+def turn(generation: float, score: float, train: float, peak: int, cpu: float) -> Turn:
+    return Turn({"generation": generation, "score": score, "train": train}, peak, cpu)
 
 
-OURS = [turn(1, 1, 2, 100), turn(2, 1, 5, 120), turn(1, 2, 2, 110)]  # 4, 8 and 5 s
-THEIRS = [turn(5, 1, 2, 300), turn(6, 2, 16, 200), turn(1, 1, 3, 200)]  # 8, 24 and 5 s
+OURS = [turn(1, 1, 2, 100, 5), turn(2, 1, 5, 120, 6), turn(1, 2, 2, 110, 7)]  # 4, 8 and 5 s
+THEIRS = [turn(5, 1, 2, 300, 10), turn(6, 2, 16, 200, 9), turn(1, 1, 3, 200, 7)]  # 8, 24 and 5 s
 
 
 def test_a_row_has_the_medians_and_the_highest_peak() -> None:
     row = table.row(OURS, episodes=10, new_tokens=8)
     assert (row["seconds"], row["phases"], row["peak_bytes"]) == (5, {"generation": 1, "score": 1, "train": 2}, 120)
+    assert row["cpu_seconds"] == 6
     assert (row["episodes_per_second"], row["generated_tokens_per_second"]) == (2, 80)
 
 
 def test_ratios_are_taken_within_a_turn_and_beside_as_many_processes() -> None:
     found = table.ratios({"gearshift": OURS, "trl": THEIRS, "plain-zero3": THEIRS})
     assert list(found) == ["trl"]  # there is nothing with two processes to hold the other against
-    assert found["trl"] == {"seconds": 2, "generation": 3, "score": 1, "train": 1.5, "peak_bytes": 2.5}
+    assert found["trl"] == {
+        "seconds": 2,
+        "generation": 3,
+        "score": 1,
+        "train": 1.5,
+        "cpu_seconds": 1.5,
+        "peak_bytes": 2.5,
+    }
 
 
 @pytest.mark.parametrize(("vocabulary", "words"), [(8192, ["holds", "holds"]), (50_257, ["holds", "MISSED"])])
@@ -76,6 +84,7 @@ def way(tmp_path: Path) -> Iterator[Way]:
 def test_processes_take_turns_and_one_that_fails_is_told(way: Way) -> None:
     assert [answer["peak_reset"] for answer in way.loaded()] in ([True, True], [False, False])
     taken = way.turn()
+    assert 0 <= taken.cpu_seconds < 1
     assert tuple(taken.seconds) == PHASES
     assert taken.peak_bytes > 1 << 20
     with pytest.raises(WorkerError, match=r"ours: a process ended(.|\n)*no more memory"):
