@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.peers import table, trl_environment
-from benchmarks.peers.processes import Turn, Way, WorkerError
+from benchmarks.peers.processes import Turn, Way, WorkerError, machine_cpu_seconds
 from benchmarks.peers.setting import Setting, make
 
 WAYS = ("gearshift", "gearshift-zero3", "trl", "trl-zero3", "plain-zero3")
 BUSY = 0.05  # of a core, while others have their turn: more disturbs them
+ELSEWHERE = 0.1  # of all cores, by whatever else runs on the machine
 
 
 def main() -> int:
@@ -108,6 +110,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         loaded = start(options, folder, ways, left_out)
         turns: dict[str, list[Turn]] = {name: [] for name in ways}
         busy = dict.fromkeys(ways, 0.0)
+        elsewhere = Elsewhere(ways.values())
         for number in range(options.repeats):
             for name, way in ways.items():
                 others = [other for other in ways if other != name]
@@ -117,6 +120,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 for other in others:
                     busy[other] = max(busy[other], (ways[other].cpu_seconds() - before[other]) / passed)
             print(f"turn {number + 1}: " + ", ".join(f"{n} {t[-1].total:.2f} s" for n, t in turns.items()), flush=True)
+        taken_elsewhere = elsewhere.share()
     finally:
         for way in ways.values():
             way.stop()
@@ -126,7 +130,24 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "left_out": left_out,
         "loaded": {name: loaded[name] for name in ways},
         "busy_while_idle": busy,
+        "elsewhere": taken_elsewhere,
     }
+
+
+class Elsewhere:
+    """What is taken of this machine by processes that are not of the ways, from now on."""
+
+    def __init__(self, ways: Collection[Way]):
+        self.ways, self.since = ways, time.perf_counter()
+        self.before = self._cpu_seconds()
+
+    def share(self) -> float:
+        """Of all cores."""
+        passed = (time.perf_counter() - self.since) * (os.cpu_count() or 1)
+        return max(0.0, self._cpu_seconds() - self.before) / passed
+
+    def _cpu_seconds(self) -> float:
+        return machine_cpu_seconds() - sum(way.cpu_seconds() for way in self.ways)
 
 
 def tell(result: dict[str, Any], setting: Setting, options: argparse.Namespace) -> None:
@@ -149,6 +170,8 @@ def tell(result: dict[str, Any], setting: Setting, options: argparse.Namespace) 
           for name, share in result["busy_while_idle"].items() if share > BUSY),
         *(f"NOTE    {name}: this system does not reset VmHWM: its peak includes loading"
           for name, answers in result["loaded"].items() if not all(a["peak_reset"] for a in answers)),
+        *([f"NOTE    other work took {result['elsewhere']:.0%} of this machine: times are longer than they would be, "
+           "and unequally so; CPU time says more"] if result["elsewhere"] > ELSEWHERE else []),
         *(f"left out: {name}: {why}" for name, why in result["left_out"].items()),
     ]  # fmt: skip
     print("\n".join(told), flush=True)

@@ -116,7 +116,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     rows = result["ways"]
     names = list(rows)
-    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.55 * len(names)))
+    figure, axes = pyplot.subplots(figsize=(8, 1.7 + 0.55 * len(names)))
     left = [0.0] * len(names)
     for phase, colour in zip(PHASES, ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=True):
         widths = [rows[name]["phases"][phase] for name in names]
@@ -129,7 +129,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlim(0, max(left) * 1.25)
     axes.set_xlabel("seconds per iteration (medians)")
     axes.grid(True, axis="x", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(PHASES), fontsize=9)
     axes.set_title(result["title"], fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
