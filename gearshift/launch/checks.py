@@ -12,11 +12,13 @@ from typing import TypeGuard
 from gearshift.engine.settings import RolloutSettings, check_attention_setting, check_shift
 from gearshift.errors import SettingError
 from gearshift.launch import folders
+from gearshift.launch.bench_checks import check_bench
 from gearshift.launch.compare_checks import check_comparison
 from gearshift.launch.model_checks import check_models, check_run_folder, fails, numbers, tokenizer_folder
 from gearshift.launch.ppo_checks import check_ppo, divides
 from gearshift.launch.rows import readers, row_problems
 from gearshift.rlhf.settings import (
+    BenchConfig,
     CompareConfig,
     Config,
     DataSettings,
@@ -56,14 +58,18 @@ def check(config: Config, ranks: int) -> None:
         check_ppo(config, ranks)
     if isinstance(config, PpoConfig | CompareConfig) or _answers(config):
         _check_rollout(config, ranks)
-    check_run_folder(config)
+    if isinstance(config, BenchConfig):
+        check_bench(config)
+    else:
+        check_run_folder(config)
     if isinstance(config, CompareConfig):
         check_comparison(config)
     else:
         assert isinstance(config, PretrainConfig | PpoConfig)
         _check_tokenizer_settings(config)
         _check_lora(config)
-        _check_trackers(config)
+        if not isinstance(config, BenchConfig):
+            _check_trackers(config)
     _check_sources(config)
     check_models(config, ranks)
     _check_prompt_form(config)
@@ -139,7 +145,7 @@ def _check_texts_in_batch(train: SftTrainSettings) -> None:
 def _check_tokenizer_settings(config: PretrainConfig | PpoConfig) -> None:
     policy, data = config.policy, config.data
     new_model = policy.init == "config"
-    if new_model and isinstance(config, PpoConfig | RewardConfig):
+    if new_model and isinstance(config, PpoConfig | RewardConfig) and not isinstance(config, BenchConfig):
         raise SettingError("policy.init", "config (new weights) is for gearshift pretrain: name a trained model")
     if data.chat_template and data.prompt_template != DataSettings.model_fields["prompt_template"].default:
         raise SettingError("data.prompt_template", "is not used with data.chat_template: true; leave out one of them")
@@ -147,7 +153,7 @@ def _check_tokenizer_settings(config: PretrainConfig | PpoConfig) -> None:
         raise SettingError("policy.config", "needed with policy.init: config (model_type: llama, hidden_size: ...)")
     if policy.config and not new_model:
         raise SettingError("policy.config", f"only with policy.init: config, not with policy.init: {policy.init}")
-    if data.tokenizer is None and new_model:
+    if data.tokenizer is None and new_model and not isinstance(config, BenchConfig):
         raise SettingError("data.tokenizer", "needed with policy.init: config: a folder, a hub name or train")
     if data.tokenizer != "train":
         for field in ("vocab_size", "tokenizer_text"):
@@ -199,7 +205,7 @@ def _check_prompt_form(config: Config) -> None:
 
 def _check_sources(config: Config) -> None:
     needed = "data.validation" if isinstance(config, CompareConfig) else "data.train"
-    if not getattr(config.data, needed.removeprefix("data.")):
+    if not getattr(config.data, needed.removeprefix("data.")) and not isinstance(config, BenchConfig):
         raise SettingError(needed, "missing: sources (.jsonl, .jsonl.gz, .parquet, .txt or a hub name)")
     for field, sources, _ in readers(config):
         for source in sources:

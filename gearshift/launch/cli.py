@@ -21,6 +21,7 @@ COMMANDS = {
     "ppo": ("gearshift.launch.ppo", "PPO, and PPO-ptx with ptx.coef above 0"),
     "compare": ("gearshift.launch.compare", "systems side by side: scores, win rates, KL, loss on pretraining text"),
     "plan": ("gearshift.launch.plan", "memory of each rank in each phase, bytes of a shift, what fits; needs no GPU"),
+    "bench": ("gearshift.launch.bench", "seconds, bytes and memory of a few iterations of PPO on these ranks"),
     "verify": ("gearshift.launch.verify", "is a checkpoint whole, and nothing in it but tensors"),
     "export": ("gearshift.launch.export", "a checkpoint as a folder that from_pretrained loads"),
     "doctor": ("gearshift.launch.doctor", "would a run start here, and over the hosts of a hostfile"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,15 @@ from pydantic import BaseModel, ValidationError
 
 from gearshift.errors import SettingError, UserError, one_line
 from gearshift.launch.checks import check
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from gearshift.rlhf.settings import (
+    BenchConfig,
+    CompareConfig,
+    Config,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+)
 
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
@@ -25,11 +34,12 @@ CONFIGS: dict[str, type[Config]] = {
     "reward": RewardConfig,
     "ppo": PpoConfig,
     "compare": CompareConfig,
+    "bench": BenchConfig,
 }
 
 # Sections in help, whichever a command has.
 ORDER = ["run", "policy", "critic", "reference", "reward", "systems", "data", "train", "rollout", "ppo", "ptx"]
-ORDER += ["compare", "optimizer", "checkpoint", "tracking", "deepspeed"]
+ORDER += ["compare", "bench", "optimizer", "checkpoint", "tracking", "deepspeed"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -258,18 +268,26 @@ def _type_name(annotation: Any) -> str:
     return text.replace(" | None", "").replace("typing.Any", "any").replace("dict[str, any]", "mapping")
 
 
+def _usage(command: str) -> str:
+    config, own = "CONFIG.yaml", ""
+    if command == "bench":
+        config, own = "[CONFIG.yaml]", " [--model FOLDER] [--iterations N] [--out FILE]"
+    elif "checkpoint" in CONFIGS[command].model_fields:
+        own = " [--resume auto|PATH|never] [--max-restarts N] [--profile]"
+    return (
+        f"usage: gearshift {command} {config} [--section.field value ...] [--master_port PORT] [--hostfile HOSTS"
+        " [--include|--exclude HOST[:SLOTS]@...] [--launcher pdsh|openmpi|slurm] [--launcher_args=ARGS]"
+        f" [--master_addr ADDRESS] [--ssh_port PORT] [--venv_script FILE]]{own}"
+    )
+
+
 def help_text(command: str) -> str:
     """Usage, and one entry per field: name, type, default, what it is and its unit."""
     config_class = CONFIGS[command]
-    doc = (config_class.__doc__ or "").strip()
-    of_stages = " [--resume auto|PATH|never] [--max-restarts N] [--profile]"
     lines = [
-        f"usage: gearshift {command} CONFIG.yaml [--section.field value ...] [--master_port PORT] [--hostfile HOSTS"
-        " [--include|--exclude HOST[:SLOTS]@...] [--launcher pdsh|openmpi|slurm] [--launcher_args=ARGS]"
-        " [--master_addr ADDRESS] [--ssh_port PORT] [--venv_script FILE]]"
-        + (of_stages if "checkpoint" in config_class.model_fields else ""),
+        _usage(command),
         "",
-        doc,
+        inspect.cleandoc(config_class.__doc__ or ""),
         "CONFIG.yaml holds the sections below; each field can also be set as --section.field value.",
         "Relative paths are relative to the current directory.",
     ]

@@ -22,7 +22,7 @@ from gearshift.errors import UserError
 from gearshift.launch.devices import visible_gpus
 from gearshift.launch.environment import adopt_launcher
 from gearshift.launch.hostfile import read_hostfile, selected
-from gearshift.launch.overrides import Arguments, parse_arguments
+from gearshift.launch.overrides import RESUME, Arguments, Short, parse_arguments
 from gearshift.launch.processes import ENDING, PAUSED, USER_ERROR, OneHost, free_port, run_to_end
 from gearshift.launch.rank import run_rank
 from gearshift.rlhf.settings import Config
@@ -32,15 +32,27 @@ from gearshift.rlhf.signals import STOP_FILE
 PROGRAMS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("ompi_info", "ssh"), "slurm": ("sinfo",)}
 
 
-def run_command(command: str, argv: Sequence[str] | None, stage: Callable[[Any], None]) -> int:
-    """Runs `gearshift COMMAND argv`; `stage(config)` does the work in each process. Returns the exit code."""
+def run_command(
+    command: str,
+    argv: Sequence[str] | None,
+    stage: Callable[[Any], None],
+    *,
+    short: Short = RESUME,
+    default_config: Path | None = None,
+) -> int:
+    """Runs `gearshift COMMAND argv`; `stage(config)` does the work in each process. Returns the exit code.
+
+    `short`: options that stand for settings; `default_config`: the config file where none is named.
+    """
     try:
-        arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+        arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv), short)
         if arguments.help:
             from gearshift.launch.config import help_text
 
             print(help_text(command))
             return 0
+        if arguments.config is None and default_config is not None:
+            arguments.config = str(default_config)
         if arguments.config is None:
             raise UserError(f"a config file is missing: gearshift {command} CONFIG.yaml")
         adopt_launcher(os.environ)
@@ -74,7 +86,8 @@ def launch(command: str, arguments: Arguments) -> int:
         ranks = _ranks_here(arguments, config, devices)
         load(command, arguments.config, arguments.overrides, ranks=ranks)
     folder = Path(config.run.folder)
-    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
+    if config.saves:
+        (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
     before = _checkpoints_in(folder)
     for left in range(arguments.max_restarts, -1, -1):
         if arguments.hostfile:
@@ -190,7 +203,7 @@ def _run_on_hosts(command: str, arguments: Arguments, config: Config, names: lis
     words, environment = start_on_hosts(command, arguments, names)
     job = SeveralHosts(
         run_folder=Path(config.run.folder),
-        saves=hasattr(config, "checkpoint") and bool(config.checkpoint.every),
+        saves=config.saves,
         hosts=names,
         ssh_port=arguments.launcher.get("ssh_port"),
         address=environment["MASTER_ADDR"],

@@ -15,8 +15,17 @@ from gearshift.engine.plans import plan_for
 from gearshift.errors import SettingError, UserError
 from gearshift.launch import folders
 from gearshift.launch.resume_checks import check_held, check_resume, check_start
+from gearshift.rlhf.bench_settings import POLICY
 from gearshift.rlhf.compare_settings import SystemSettings
-from gearshift.rlhf.settings import CompareConfig, Config, PpoConfig, PretrainConfig, SftConfig, names_function
+from gearshift.rlhf.settings import (
+    BenchConfig,
+    CompareConfig,
+    Config,
+    PpoConfig,
+    PretrainConfig,
+    SftConfig,
+    names_function,
+)
 
 
 def fails(field: str, problem: str | None) -> None:
@@ -61,7 +70,8 @@ def _check_finished(config: Config, folder: Path) -> None:
 
 def _inits(config: Config) -> Iterator[tuple[str, str]]:
     """Every field that names a model, and the folder or hub name; words such as config and reward left out."""
-    for section, word in (("policy", "config"), ("reward", None), ("critic", "reward"), ("reference", "policy")):
+    reward = POLICY if isinstance(config, BenchConfig) else None
+    for section, word in (("policy", "config"), ("reward", reward), ("critic", "reward"), ("reference", "policy")):
         settings = getattr(config, section, None)
         if settings is not None and settings.init not in (None, word) and not names_function(settings.init):
             yield f"{section}.init", settings.init
@@ -96,7 +106,8 @@ def check_models(config: Config, ranks: int) -> None:
         _check_reward(config)
     if isinstance(config, PpoConfig):
         _check_writer("policy.init", config.policy.init, config, ranks)
-        _check_reward(config)
+        if not (isinstance(config, BenchConfig) and config.all_of_one_shape):
+            _check_reward(config)
         if config.critic.init != "reward":
             fails("critic.init", folders.model_problem(config.critic.init))
         if config.reference.init != "policy":

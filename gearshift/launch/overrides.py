@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gearshift.errors import UserError
 
 # Options of DeepSpeed's launcher that go on to it as they are.
 LAUNCHER = ("include", "exclude", "master_addr", "master_port", "launcher", "launcher_args", "ssh_port", "venv_script")
+
+# Option -> the settings that it stands for, and what they are set to (None: the option's value).
+Short = Mapping[str, Sequence[tuple[str, str | None]]]
+RESUME: Short = {"resume": [("checkpoint.resume", None)]}
 
 
 @dataclass
@@ -22,10 +27,10 @@ class Arguments:
     help: bool = False
 
 
-def parse_arguments(argv: list[str]) -> Arguments:
-    """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`,
-    `--resume auto|PATH|never` (which is checkpoint.resume), `--profile` (run.profile.iterations 1), `--max-restarts N`,
-    `--help`, and `LAUNCHER`.
+def parse_arguments(argv: list[str], short: Short = RESUME) -> Arguments:
+    """Reads `CONFIG | --config CONFIG`, `--section.field value`, `--section.field=value`, `--hostfile FILE`, the
+    options `short` (by default `--resume auto|PATH|never`), `--profile` (run.profile.iterations 1),
+    `--max-restarts N`, `--help`, and `LAUNCHER`.
 
     `--local_rank=N`, which DeepSpeed's launcher adds for every process, is accepted and ignored.
     Raises UserError for anything else.
@@ -47,7 +52,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 if not rest or rest[0].startswith("--"):
                     raise UserError(f"{word} needs a value: {word} VALUE (or {word}=VALUE where it begins with --)")
                 value = rest.pop(0)
-            _set_option(arguments, name, value)
+            _set_option(arguments, name, value, short)
     check_launcher(arguments)
     return arguments
 
@@ -60,12 +65,12 @@ def _set_config(arguments: Arguments, path: str) -> None:
     arguments.config = path
 
 
-def _set_option(arguments: Arguments, name: str, value: str) -> None:
+def _set_option(arguments: Arguments, name: str, value: str, short: Short) -> None:
     plain = name.replace("-", "_")
     if name == "config":
         _set_config(arguments, value)
-    elif name == "resume":
-        arguments.overrides.append(("checkpoint.resume", value))
+    elif name in short:
+        arguments.overrides += [(key, value if given is None else given) for key, given in short[name]]
     elif name == "hostfile":
         arguments.hostfile = value
     elif plain == "max_restarts":

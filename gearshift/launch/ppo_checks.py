@@ -7,7 +7,7 @@ import math
 from gearshift.errors import SettingError
 from gearshift.launch.model_checks import numbers
 from gearshift.rlhf.ppo_settings import KlSettings, PpoSettings
-from gearshift.rlhf.settings import CriticSettings, PpoConfig
+from gearshift.rlhf.settings import BenchConfig, CriticSettings, PpoConfig
 
 
 def check_ppo(config: PpoConfig, ranks: int) -> None:
@@ -45,7 +45,8 @@ def _check_ppo_batches(config: PpoConfig, ranks: int) -> None:
             f"{ppo.minibatches} makes minibatches of {ppo.minibatch_size} episodes (of ppo.batch_size = "
             f"{ppo.batch_size}), which do not divide by the {ranks} ranks (run.ranks): use {fitting}",
         )
-    divides("ppo.episodes", ppo.episodes, ppo.batch_size, f"ppo.batch_size = {ppo.batch_size}")
+    if not isinstance(config, BenchConfig):  # which runs as many iterations as it is told to
+        divides("ppo.episodes", ppo.episodes, ppo.batch_size, f"ppo.batch_size = {ppo.batch_size}")
 
 
 def _check_profile(config: PpoConfig) -> None:

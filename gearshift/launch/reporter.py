@@ -39,8 +39,7 @@ class _Told:
 
     def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
         self._tracker.keep_until(done)
-        ranks = int(os.environ["WORLD_SIZE"])
-        for line in [*lines, *batch_arithmetic(self._config, ranks, total)]:
+        for line in _start_lines(lines, self._config, total):
             self.say(line)
         unit = "iteration" if self._command == "ppo" else "step"
         self._progress = Progress(total, self._command, unit=unit, done=done)
@@ -65,6 +64,25 @@ class _Told:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.close()
+
+
+class Spoken(_Silent):
+    """The report of a command that keeps nothing: rank 0's lines on the screen."""
+
+    def __init__(self, config: Config):
+        self._config = config
+
+    def start(self, lines: Sequence[str], total: int, done: int = 0) -> None:
+        for line in _start_lines(lines, self._config, total):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
+
+
+def _start_lines(lines: Sequence[str], config: Config, total: int) -> list[str]:
+    return [*lines, *batch_arithmetic(config, int(os.environ["WORLD_SIZE"]), total)]
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class PpoData:
         cursors = {"prompts": Sampler(len(rows), config.ppo.prompts, config.run.seed)}
         return cls(
             prompts=prompt_batches(rows, cursors["prompts"], world, config.ppo.answers),
-            pretraining=_pretraining(config, text_encoder, world, cursors, report),
+            pretraining=pretraining_batches(config, text_encoder, world, cursors, report),
             held_out_prompts=held_out,
             asked=Asked(tokenizer, config.data.keys, rows, held_out),
             held_out_text=text_blocks("ptx.validation", config.ptx.validation, text_encoder, report),
@@ -81,7 +81,7 @@ def prompt_batches(rows: list[PromptRow], sampler: Sampler, world: World, answer
         yield collate_prompts([row for row, _, _ in mine], [n for _, n, _ in mine], [a for _, _, a in mine])
 
 
-def _pretraining(
+def pretraining_batches(
     config: PpoConfig, encoder: Encoder, world: World, cursors: dict[str, Sampler], report: Report
 ) -> Iterator[TokenBatch]:
     """Text for each policy step: `examples_per_episode` sequences per episode of a minibatch; adds its cursor."""

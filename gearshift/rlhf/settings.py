@@ -21,6 +21,7 @@ from gearshift.engine.settings import (
     RolloutSettings,
     Section,
 )
+from gearshift.rlhf.bench_settings import POLICY, BenchSettings
 from gearshift.rlhf.compare_settings import CompareSettings, SystemSettings
 from gearshift.rlhf.data.settings import DataSettings, RewardDataSettings
 from gearshift.rlhf.ppo_settings import PpoSettings, PtxSettings
@@ -136,6 +137,21 @@ class RewardSettings(Section):
     offload: bool = Field(False, description="Its weights lie in host memory, fetched layer by layer")
 
 
+class BenchRunSettings(StageRunSettings):
+    """On what it is measured."""
+
+    folder: str = Field("", description="Not read: gearshift bench writes to no run folder")
+
+
+class BenchRewardSettings(RewardSettings):
+    """What scores a response."""
+
+    init: str = Field(
+        POLICY,
+        description='"policy": the policy\'s weights with a new head, and the critic like it; or as in gearshift ppo',
+    )
+
+
 class TrackingSettings(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -150,6 +166,11 @@ class Config(Section):
     data: DataSettings
     deepspeed: DeepSpeedConfig = Field(default_factory=dict)
 
+    @property
+    def saves(self) -> bool:
+        """Whether the run saves itself as it goes, and so when it is asked to stop."""
+        return False
+
 
 class PretrainConfig(Config):
     """A base model (and tokenizer) from text."""
@@ -160,6 +181,10 @@ class PretrainConfig(Config):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def saves(self) -> bool:
+        return self.checkpoint.every > 0
 
 
 class SftConfig(PretrainConfig):
@@ -193,6 +218,10 @@ class PpoConfig(Config):
     tracking: TrackingSettings = TrackingSettings()
 
     @property
+    def saves(self) -> bool:
+        return self.checkpoint.every > 0
+
+    @property
     def has_critic(self) -> bool:
         """Whether advantages come from a value function."""
         return self.ppo.advantage == "gae"
@@ -201,6 +230,28 @@ class PpoConfig(Config):
     def critic_is_reward(self) -> bool:
         """Whether the critic starts as a copy of the reward model."""
         return self.has_critic and self.critic.init == "reward"
+
+
+class BenchConfig(PpoConfig):
+    """Seconds, bytes and memory of a few iterations of PPO, by a config as gearshift ppo takes it.
+
+    Without one: random Llamas, whose sizes are policy.config; --model FOLDER: that one and others of its shape. Without
+    data.train, prompts are random tokens, data.max_prompt_tokens long. Nothing is saved.
+    """
+
+    run: BenchRunSettings = BenchRunSettings(folder="")
+    data: DataSettings = DataSettings()
+    reward: BenchRewardSettings = BenchRewardSettings(init=POLICY)
+    bench: BenchSettings = BenchSettings()
+
+    @property
+    def saves(self) -> bool:
+        return False
+
+    @property
+    def all_of_one_shape(self) -> bool:
+        """Whether all models are the policy's shape, since no reward model is named."""
+        return self.reward.init == POLICY
 
 
 class CompareConfig(Config):

@@ -194,6 +194,28 @@ def test_a_rank_that_is_killed_on_another_host(hosts: tuple[Host, Host], folder:
     assert_nothing_left(hosts)
 
 
+def test_bench_tells_what_moves_between_hosts(hosts: tuple[Host, Host], folder: Path) -> None:
+    """One rank on each host, TP 1: either lacks the other's half of the weights, and gets it over the cable."""
+    words = [sys.executable, "-m", "gearshift.launch", "bench", "ppo.yaml", "--hostfile", "hosts", *ONE_RANK_EACH]
+    # Else DeepSpeed keeps weights as small as these whole on every rank, and none would be lacking.
+    words += ["--deepspeed.zero_optimization.stage3_param_persistence_threshold", "0"]
+    before = sorted(path.name for path in folder.iterdir())
+    code, told, _ = finished(folder, [*words, "--iterations", "2", "--out", "bench.json"], hosts[0])
+    assert code == 0, told
+    found = json.loads((folder / "bench.json").read_text())
+    assert found["hosts"] == ["gear-a", "gear-b"]
+    assert len(found["iterations"]) == 2
+    half = 4 * found["parameters"] / 2
+    for rank in (rank for ranks in found["iterations"] for rank in ranks):
+        assert rank["bytes_inside_host"] == 0
+        assert 0.9 * half < rank["bytes_between_hosts"] <= half + 4 * 100
+        assert rank["shift"] > 0
+    assert "shift between hosts, each rank GB/s" in told
+    assert "shift inside a host" not in told
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "bench.json"])
+    assert_nothing_left(hosts)
+
+
 # --- what cannot start: one line, in bounded time, and nothing is left ------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def example(command: str) -> dict[str, Any]:
         stage["data"] = {"train": "answers.jsonl"}
     if command == "reward":
         stage["data"] = {"train": "pairs.jsonl"}
-    if command == "ppo":
+    if command in ("ppo", "bench"):
         stage.pop("train")
         stage["reward"] = {"init": "reward"}
         stage["rollout"] = {"tp_size": 2}
