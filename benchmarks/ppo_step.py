@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ ELSEWHERE = 0.1  # of all cores, by whatever else runs on the machine
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, end)
     setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
     folder = Path(tempfile.mkdtemp(prefix="gearshift-ppo-step-", dir=options.folder))
     try:
@@ -54,6 +56,12 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     return 0
+
+
+def end(number: int, _: object) -> None:
+    """Cleans up on the way out; a second signal does not stop that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def arguments() -> argparse.Namespace:
