@@ -1,7 +1,7 @@
 """How time and memory of a PPO iteration grow with model size, sequence length, batch and ranks.
 
     python benchmarks/growth.py --out benchmarks/results/growth-cpu.json     (and a PNG beside it)
-    python benchmarks/growth.py --panels length --iterations 5
+    python benchmarks/growth.py --panels length --out ...                    (the file's other panels stay)
 
 Every point is a `gearshift bench` of its own: random Llamas, random prompts, the first iteration not counted. Time is
 the seconds of all processors together (on GPUs the seconds that pass), so that neither what else the machine does nor
@@ -52,7 +52,7 @@ class Run:
         heads = max(1, self.hidden // 64)
         settings = {
             "policy.config.hidden_size": self.hidden,
-            "policy.config.intermediate_size": 8 * self.hidden // 3,
+            "policy.config.intermediate_size": 8 * self.hidden // 3 // self.ranks * self.ranks,  # ranks cut it up
             "policy.config.num_hidden_layers": self.layers,
             "policy.config.num_attention_heads": heads,
             "policy.config.num_key_value_heads": heads,
@@ -112,8 +112,9 @@ PANELS = {
     "ranks": Panel(
         "ranks",
         [Run(hidden=512, layers=4, batch=16, ranks=ranks) for ranks in (1, 2, 4)],
-        time=0, memory=0,
-        why="the same products in all, cut over the ranks; weights and optimizer state a rank fall with their number",
+        time=1, memory=0,
+        why="the same products in all; what every rank receives of weights and gradients is, of all together, linear; "
+        "weights and optimizer state of a rank fall with their number, activations stay",
     ),
 }  # fmt: skip
 
@@ -131,12 +132,15 @@ def main() -> None:
     options = parser.parse_args()
     bases: dict[int, dict[str, Any]] = {}
     found: dict[str, Any] = {}
+    if options.out and options.out.exists():
+        found = json.loads(options.out.read_text(encoding="utf-8"))
     for name in options.panels:
         found[name] = measure(PANELS[name], options.iterations, bases)
+        found = {panel: found[panel] for panel in PANELS if panel in found}
         print("\n".join(as_text(name, found[name])), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        draw(found, options.out.with_suffix(".png"))
+        if options.out:  # after each, since they take minutes
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            draw(found, options.out.with_suffix(".png"))
 
 
 def measure(panel: Panel, iterations: int, bases: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def point(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]
     phases = {name: summary[f"{name}_seconds"]["min"] for name in ("generation", "score", "policy", "critic", "shift")}
     return {
         "time": whole,
-        "memory": max(found["memory_peak"]) - max(base["memory_peak"]),
+        "memory": max(1, max(found["memory_peak"]) - max(base["memory_peak"])),  # 0 has no logarithm
         "seconds": summary["step_seconds"]["median"],
         **phases,
         "received": summary["shift_bytes_inside_host_per_rank"]["median"],
@@ -225,32 +229,39 @@ def _shown(column: str, value: float) -> str:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """One panel for each axis: time on the left, memory on the right, both logarithmic, with their exponents."""
+    """One plot for each axis: time on the left, memory on the right, a factor of ten as high as it is wide on both."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(5.2 * len(found), 4.6), squeeze=False)
-    for axes, panel in zip(panels[0], found.values(), strict=True):
+    figure, plots = pyplot.subplots(1, len(found), figsize=(5.2 * len(found), 4.8), squeeze=False)
+    for axes, panel in zip(plots[0], found.values(), strict=True):
         places = [one["at"] for one in panel["points"]]
+        every = [places, *([one[name] for one in panel["points"]] for name in ("time", "memory"))]
+        factor = 1.5 * max(max(values) / min(values) for values in every)
         for side, name, color, scale, unit in (
             (axes, "time", "#1f77b4", 1.0, "processor seconds of an iteration"),
             (axes.twinx(), "memory", "#d62728", 1e-6, "MB of a rank, above the base"),
         ):
+            values = [one[name] * scale for one in panel["points"]]
             slope = panel["exponents"][name]
-            told = "" if slope["fit"] is None else f" ^ {slope['fit']:.2f}, last {slope['last']:.2f}"
-            label = f"{name}{told} (required <= {panel['required'][name]})"
-            side.plot(places, [one[name] * scale for one in panel["points"]], "o-", color=color, label=label)
+            told = f"{name}: exponent {slope['fit']:.2f}, last {slope['last']:.2f}, required {panel['required'][name]}"
+            side.plot(places, values, "o-", color=color, label=told)
+            for limits, shown in ((side.set_xlim, places), (side.set_ylim, values)):
+                middle = math.sqrt(min(shown) * max(shown))
+                limits(middle / math.sqrt(factor), middle * math.sqrt(factor))
             side.set_xscale("log")
             side.set_yscale("log")
             side.set_ylabel(unit, color=color)
             side.legend(loc="upper left" if name == "time" else "lower right", fontsize=8)
+        axes.set_xticks(places, [f"{at / 1e6:.2g} M" if at >= 1e5 else f"{at:.0f}" for at in places])
+        axes.minorticks_off()
         axes.set_xlabel(panel["axis"])
         axes.grid(True, alpha=0.3)
-    figure.suptitle("A PPO iteration against what grows, on log-log paper")
+    figure.suptitle("A PPO iteration against what grows, on log-log paper: one thread a rank")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 

@@ -23,7 +23,8 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_run_can_start() -> None:
     for run in RUNS:
-        load("bench", RANDOM, parse_arguments(run.words()).overrides, ranks=run.ranks)
+        config: Any = load("bench", RANDOM, parse_arguments(run.words()).overrides, ranks=run.ranks)
+        assert config.policy.config["intermediate_size"] % config.rollout.tp_size == 0
 
 
 def test_a_run_that_cannot_start_would_be_seen() -> None:
