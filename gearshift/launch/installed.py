@@ -31,4 +31,10 @@ def file_digests() -> dict[str, str]:
     """Path in the package -> the first 12 digits of the SHA-256 of each Python and C file."""
     root = Path(gearshift.__file__).parent
     files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h"))
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+    return {str(path.relative_to(root)): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """The first 12 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

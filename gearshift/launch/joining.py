@@ -13,10 +13,18 @@ from pathlib import Path
 from gearshift.engine.endings import follow_the_first, several_hosts
 from gearshift.errors import SettingError, Told, UserError
 from gearshift.launch.config import load
-from gearshift.launch.installed import file_digests, versions
+from gearshift.launch.installed import file_digest, file_digests, versions
 from gearshift.launch.overrides import Arguments
+from gearshift.launch.rows import readers
+from gearshift.rlhf.data.sources import is_local
 from gearshift.rlhf.differences import flat
 from gearshift.rlhf.settings import Config, RunSettings
+
+# Of a model's folder, what every rank reads: config and tokenizer. Rank 0 alone reads weights.
+READ_BY_ALL = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.model", "chat_template.jinja",
+)  # fmt: skip
 
 
 def join(command: str, arguments: Arguments) -> Config:
@@ -38,11 +46,16 @@ def join(command: str, arguments: Arguments) -> Config:
 
     seconds = config.run.join_seconds if config else RunSettings.model_fields["join_seconds"].default
     shows = os.environ.get("LOCAL_RANK") == "0"
-    card = Card(socket.gethostname(), problem, facts_of(config) if shows else {})
+    facts = facts_of(config) | (contents_of(config) if config and several_hosts() else {}) if shows else {}
+    card = Card(socket.gethostname(), problem, facts)
     met = meet(card, seconds, _hosts_of_launcher())
     assert config is not None
     tp_size = config.rollout.tp_size if hasattr(config, "rollout") else 1
     _tell_world(met.hosts, tp_size)
+    if several_hosts() and hasattr(config, "checkpoint") and config.checkpoint.every:
+        from gearshift.launch.shared_folder import require_shared
+
+        require_shared(met.store, Path(config.run.folder), int(os.environ["RANK"]), met.hosts)
     name_interface()
     init_distributed(met.store)
     if several_hosts():
@@ -83,6 +96,22 @@ def facts_of(config: Config | None) -> dict[str, str]:
     facts = versions() | {f"the SHA-256 of gearshift/{path}": digest for path, digest in file_digests().items()}
     settings = config.model_dump(mode="json") if config else {}
     return facts | {f"{CONFIG}{name}": json.dumps(value) for name, value in flat(settings).items()}
+
+
+def contents_of(config: Config) -> dict[str, str]:
+    """The digests of what every rank reads of the disk, data files and `READ_BY_ALL`, which must be the same too."""
+    from gearshift.engine.meeting import CONFIG
+
+    found = {
+        f"{CONFIG}{field}: the SHA-256 of {source}": file_digest(Path(source).expanduser())
+        for field, sources, _ in readers(config)
+        for source in filter(is_local, sources)
+    }
+    for field, value in flat(config.model_dump(mode="json")).items():
+        if field.rpartition(".")[2] in ("init", "tokenizer") and isinstance(value, str) and Path(value).is_dir():
+            for path in sorted(path for pattern in READ_BY_ALL for path in Path(value).glob(pattern)):
+                found[f"{CONFIG}{field}: the SHA-256 of {path}"] = file_digest(path)
+    return found
 
 
 def _hosts_of_launcher() -> dict[int, str]:

@@ -250,6 +250,29 @@ def test_a_file_that_one_host_lacks(hosts: tuple[Host, Host], folder: Path, tmp_
     assert_nothing_left(hosts)
 
 
+def test_a_data_file_that_differs(hosts: tuple[Host, Host], folder: Path, tmp_path: Path) -> None:
+    source = folder / "prompts.jsonl"
+    rows = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text("".join(rows[1:] + rows[:1]), encoding="utf-8")
+    with hosts[1].replaced(source, tmp_path / "prompts.jsonl"):
+        code, told, seconds = finished(folder, gearshift(folder, "stale", *ONE_RANK_EACH), hosts[0])
+    assert code == 2
+    assert seconds < 60
+    assert one_line(told).startswith("gear-a and gear-b differ: config data.train: the SHA-256 of ")
+    assert_nothing_left(hosts)
+
+
+def test_a_run_folder_that_is_not_shared(hosts: tuple[Host, Host], folder: Path, tmp_path: Path) -> None:
+    (folder / "own").mkdir()
+    with hosts[1].replaced(folder / "own", tmp_path):
+        code, told, seconds = finished(folder, gearshift(folder, "own", *ONE_RANK_EACH), hosts[0])
+    assert code == 2
+    assert seconds < 60
+    assert one_line(told).startswith(f"run.folder: gear-b does not see {folder / 'own'} of gear-a: ")
+    assert list((folder / "own").iterdir()) == []
+    assert_nothing_left(hosts)
+
+
 def test_a_host_that_cannot_be_reached(hosts: tuple[Host, Host], folder: Path) -> None:
     """Seen before anything starts; by the ranks, where DeepSpeed's launcher is called directly."""
     include, soon = ONE_RANK_EACH[:2], [*ONE_RANK_EACH[2:], "--run.join_seconds", "8"]

@@ -28,6 +28,21 @@ def test_every_setting_is_shown(here: Path) -> None:
     assert facts["config deepspeed"] == "{}"
 
 
+def test_the_files_that_every_rank_reads_are_shown(here: Path) -> None:
+    def shown() -> dict[str, str]:
+        return joining.contents_of(load("ppo", write(example("ppo"))))
+
+    before = shown()
+    assert "config data.train: the SHA-256 of prompts.jsonl" in before
+    assert "config policy.init: the SHA-256 of sft/config.json" in before
+    assert not any("safetensors" in name for name in before)
+    with open("prompts.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"prompt": "another"}\n')
+    assert [name for name, digest in shown().items() if digest != before[name]] == [
+        "config data.train: the SHA-256 of prompts.jsonl"
+    ]
+
+
 @pytest.mark.parametrize(("local_size", "error"), [("2", UserError), ("1", Told)])
 def test_a_mistake_of_one_rank_is_told_to_the_others(
     here: Path, monkeypatch: pytest.MonkeyPatch, local_size: str, error: type[UserError]

@@ -127,6 +127,11 @@ def test_no_setting_is_named_that_the_last_one_makes_needless(
     assert fields == ["deepspeed.zero_optimization.offload_optimizer"]
 
 
+def test_small_models_are_counted_by_the_parameter(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config) == 0
+    assert "models       policy 139,584 (trained)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -221,7 +221,9 @@ class Checkpoints:
             self._cleaning.join()
 
     def _fail(self, aside: Path, error: str, needed: int) -> None:
-        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        # The run folder itself may have been removed, or another host may not see it.
+        there = next(folder for folder in [self.folder, *self.folder.absolute().parents] if folder.exists())
+        free = shutil.disk_usage(there).free
         if self.world.is_main:
             _told(lambda: files.remove(aside))  # the room is needed, whatever the disk says to this too
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 from gearshift.launch.planner.ppo import PpoPlan
 
 SMALL_BUCKET = 50_000_000
+IN_ROLLOUTS = "rollout.offload_optimizer"
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -54,22 +55,35 @@ class Change:
 def changes(plan: PpoPlan, memory: float) -> list[Change]:
     """Settings to change until the plan fits, those first that cost least time, and none that is not needed. The last
     one's peak may still be too much."""
+    chosen = _chosen(plan, memory)
+    if any(field == IN_ROLLOUTS for field, _ in chosen) and _peaks(plan, chosen)[-1] > memory:
+        # It excludes the optimizer's being on the host at all times, which leaves more room.
+        other = _chosen(plan, memory, without=IN_ROLLOUTS)
+        if other and _peaks(plan, other)[-1] < _peaks(plan, chosen)[-1]:
+            chosen = other
+    for setting in list(chosen[:-1]):
+        rest = [other for other in chosen if other != setting]
+        if _peaks(plan, rest)[-1] <= memory:
+            chosen = rest
+    return [Change(*setting, peak) for setting, peak in zip(chosen, _peaks(plan, chosen), strict=True)]
+
+
+def _chosen(plan: PpoPlan, memory: float, without: str = "") -> list[tuple[str, Any]]:
+    """Each setting that lowers the peak, in their order, until it fits."""
     chosen: list[tuple[str, Any]] = []
     changed = plan
     for field, value_of in _candidates():
         if changed.largest.total <= memory:
             break
+        if field == without:
+            continue
         value = value_of(changed, memory)
         if value is not None:
             more = with_setting(changed, field, value)
             if more.largest.total < changed.largest.total:
                 changed = more
                 chosen.append((field, value))
-    for setting in list(chosen[:-1]):
-        rest = [other for other in chosen if other != setting]
-        if _peaks(plan, rest)[-1] <= memory:
-            chosen = rest
-    return [Change(*setting, peak) for setting, peak in zip(chosen, _peaks(plan, chosen), strict=True)]
+    return chosen
 
 
 def _peaks(plan: PpoPlan, settings: list[tuple[str, Any]]) -> list[int]:
@@ -119,7 +133,7 @@ def _candidates() -> Iterator[tuple[str, Chooser]]:
     yield "rollout.keep_weights", when(lambda p: p.config.rollout.keep_weights, False)
     for size in (2, 4, 8):
         yield "rollout.tp_size", when(group(size), size)
-    yield "rollout.offload_optimizer", when(lambda p: _offloads(p) and p.largest is p.rollout, True)
+    yield IN_ROLLOUTS, when(lambda p: _offloads(p) and p.largest is p.rollout, True)
     for name in ("reference", "reward"):
         yield f"{name}.offload", when(frozen_here(name), True)
     yield "optimizer.gradient_checkpointing", when(_keeps_activations, True)

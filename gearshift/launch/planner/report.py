@@ -105,7 +105,7 @@ def as_text(found: Findings) -> list[str]:
         f"{RESERVED:g} GB of a GPU are left to CUDA, NCCL and holes between tensors",
         "",
         "models       " + ", ".join(
-            f"{name} {m.total / GB:.2f} B{' (trained)' if m.trained else ''}" for name, m in plan.models.items()
+            f"{name} {_parameters(m.total)}{' (trained)' if m.trained else ''}" for name, m in plan.models.items()
         ),
         *batch_arithmetic(plan.config, plan.ranks),
         "tokens       up to {:,} per iteration, of which the policy writes {:,}".format(*found.tokens),
@@ -166,6 +166,10 @@ def _changes(found: Findings) -> list[str]:
     if found.changes[-1].peak > found.machines.usable:
         lines.append("  and that is not enough: use more GPUs, shorter sequences, or policy.lora")
     return lines
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count:,}"
 
 
 def _gb(size: float) -> str:

@@ -220,6 +220,13 @@ def there(folder: str) -> list[int]:
     )
 
 
+def test_a_run_folder_that_is_gone_is_told_like_a_full_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "gone" / "run" / "checkpoints"
+    checkpoints = Checkpoints(folder, World(0, 1, 0, 1, torch.device("cpu")), keep=1)
+    with pytest.raises(UserError, match="no such folder; a checkpoint takes about 7 bytes in"):
+        checkpoints._fail(folder / ".step-00000001.writing", "no such folder", 7)
+
+
 def test_what_cannot_be_removed_ends_nothing(two_ranks: WorkerGroup, model: str, tmp_path: Path) -> None:
     """It is told once, and gone after the next save."""
     (told, before, after), (silent, *_) = two_ranks.run(purging, model, str(tmp_path))
