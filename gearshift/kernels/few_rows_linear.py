@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from gearshift.kernels import native
 
 # More rows than this and a product that packs its operands is faster (measured with AVX-512, 192 to 512 features).
 FEW = 32
+# Outputs that a thread takes at a time, and the fewest weights for which a second thread is worth waking.
+BLOCK, WORTH_THREADS = 128, 1 << 20
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,11 +29,27 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return _turned(x, weight, bias) if rows > 1 else linear(x, weight, bias)
     out = torch.empty(*x.shape[:-1], weight.shape[0])
     x = x.contiguous()
-    product = native.function("few_rows_linear", "iiipppp")
+    outputs, features = weight.shape
     pointers = map(native.pointer, (x, weight, bias, out))
-    if native.run("few_rows_linear", functools.partial(product, rows, weight.shape[1], weight.shape[0], *pointers)):
-        raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {weight.shape[1]} features")
+    if native.run("few_rows_linear", functools.partial(_product, rows, features, outputs, *pointers)):
+        raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {features} features")
     return out
+
+
+def _product(rows: int, features: int, outputs: int, x: Any, weight: Any, bias: Any, out: Any) -> int:
+    """Of what lies at these addresses; of large layers each of torch's threads takes some of the outputs."""
+    product = native.function("few_rows_linear", "iiiipppp")
+
+    def some(first: int, last: int) -> int:
+        low, high = first * BLOCK, min(last * BLOCK, outputs)
+        own_bias = None if bias is None else bias + 4 * low
+        failed: int = product(
+            rows, features, high - low, outputs, x, weight + 4 * low * features, own_bias, out + 4 * low
+        )
+        return failed
+
+    blocks = -(-outputs // BLOCK)
+    return max(native.over_rows(some, blocks) if outputs * features >= WORTH_THREADS else [some(0, blocks)])
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,10 +62,9 @@ def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _serves(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the compiled function may be used: one thread, wide registers, and what it expects to find in memory."""
+    """Whether the compiled function may be used: wide registers, and what it expects to find in memory."""
     return (
-        torch.get_num_threads() == 1
-        and has_wide_registers()
+        has_wide_registers()
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gearshift.kernels import native
 
+WORTH_THREADS = 1 << 17  # numbers for which a second thread is worth waking
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = False) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dimension, without gradients: x `[..., F]`, weight
@@ -25,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds:
     x = x.contiguous()
     out = torch.empty_like(x)
     rest = (x.shape[-1], *map(native.pointer, (x, weight)), eps, offset, native.pointer(out))
-    native.run("rms_norm", functools.partial(_rows, x.numel() // max(1, x.shape[-1]), rest))
+    native.run("rms_norm", functools.partial(_rows, x.numel() // max(1, x.shape[-1]), x.shape[-1], rest))
     return out
 
 
@@ -38,9 +40,12 @@ def plain(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bo
     return (normed * (weight.float() + offset)).to(x.dtype)
 
 
-def _rows(rows: int, rest: tuple[object, ...]) -> int:
+def _rows(rows: int, features: int, rest: tuple[object, ...]) -> int:
     norm = native.function("rms_norm", "iiippddp")
-    native.over_rows(lambda first, last: norm(first, last, *rest), rows)
+    if rows * features < WORTH_THREADS:
+        norm(0, rows, *rest)
+    else:
+        native.over_rows(lambda first, last: norm(first, last, *rest), rows)
     return 0
 
 

@@ -63,22 +63,23 @@ WIDE static inline __attribute__((always_inline)) void tile(
             y[row * stride + o] = total[row / LANES][o][row % LANES] + (bias ? bias[o] : 0.0f);
 }
 
-/* All outputs of one or two vectors of rows. */
+/* All outputs of one or two vectors of rows; `stride`: of y's rows. */
 WIDE static inline __attribute__((always_inline)) void outputs_of(
     const float *weight, const float *bias, int64_t outputs, int64_t features, const lanes *columns, int blocks,
-    float *y, int64_t rows)
+    float *y, int64_t stride, int64_t rows)
 {
     int64_t whole = outputs - outputs % TILE;
     for (int64_t o = 0; o < whole; o += TILE)
-        tile(weight + o * features, bias ? bias + o : NULL, TILE, features, columns, blocks, y + o, outputs, rows);
+        tile(weight + o * features, bias ? bias + o : NULL, TILE, features, columns, blocks, y + o, stride, rows);
     for (int64_t o = whole; o < outputs; o++)
-        tile(weight + o * features, bias ? bias + o : NULL, 1, features, columns, blocks, y + o, outputs, rows);
+        tile(weight + o * features, bias ? bias + o : NULL, 1, features, columns, blocks, y + o, stride, rows);
 }
 
-/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. 1: no memory. Not to
- * be called without `gearshift_has_wide_registers`. */
+/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs], whose rows are `stride`
+ * apart: the outputs may be some of a layer's. 1: no memory. Not to be called without `gearshift_has_wide_registers`. */
 EXPORT WIDE int gearshift_few_rows_linear(
-    int64_t rows, int64_t features, int64_t outputs, const float *x, const float *weight, const float *bias, float *y)
+    int64_t rows, int64_t features, int64_t outputs, int64_t stride, const float *x, const float *weight,
+    const float *bias, float *y)
 {
     int64_t blocks = (rows + LANES - 1) / LANES;
     lanes *columns = aligned_alloc(64, (size_t)(blocks * features) * sizeof(lanes));
@@ -87,12 +88,12 @@ EXPORT WIDE int gearshift_few_rows_linear(
     transpose(x, rows, features, columns);
     for (int64_t block = 0; block < blocks; block += 2) {
         const lanes *here = columns + block * features;
-        float *out = y + block * LANES * outputs;
+        float *out = y + block * LANES * stride;
         int64_t left = rows - block * LANES;
         if (left > LANES)
-            outputs_of(weight, bias, outputs, features, here, 2, out, left < 2 * LANES ? left : 2 * LANES);
+            outputs_of(weight, bias, outputs, features, here, 2, out, stride, left < 2 * LANES ? left : 2 * LANES);
         else
-            outputs_of(weight, bias, outputs, features, here, 1, out, left);
+            outputs_of(weight, bias, outputs, features, here, 1, out, stride, left);
     }
     free(columns);
     return 0;
