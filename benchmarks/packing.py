@@ -6,7 +6,7 @@ A random Llama under ZeRO-3, `--rows` sequences a rank of `--shortest` to `--lon
 is of the next tokens' log-probs and of the entropy. In turn, `--repeats` times; medians, and the ratio pair by pair:
   padded     every row as wide as the batch's longest, micro-batches of `--micro` rows as they come
   by length  rows of like length in one micro-batch, which is as wide as its longest: what families get that cannot pack
-  packed     sequences one after another, as many micro-batches with about as many tokens each
+  packed     sequences one after another, in micro-batches of at most as many tokens as the padded ones have
 The losses of all ways must agree.
 """
 
@@ -60,7 +60,11 @@ def main() -> None:
     if not model.packs:
         raise SystemExit("this model does not pack")
     losses: dict[str, float] = {}
-    seconds = in_turn({way: way_of(way, model, batch, losses) for way in WAYS}, options.repeats, world)
+    seconds = in_turn(
+        {way: way_of(way, model, batch, losses, options.micro * options.longest) for way in WAYS},
+        options.repeats,
+        world,
+    )
     if world.is_main:
         tell(options, model, batch, seconds, losses)
 
@@ -73,7 +77,9 @@ def draw(options: argparse.Namespace, rank: int) -> TokenBatch:
     return TokenBatch(tokens, torch.where(torch.arange(options.longest) < lengths, tokens.roll(-1, 1), -100))
 
 
-def way_of(way: str, model: CausalModel, batch: TokenBatch, losses: dict[str, float]) -> Callable[[], Any]:
+def way_of(
+    way: str, model: CausalModel, batch: TokenBatch, losses: dict[str, float], most_tokens: int
+) -> Callable[[], Any]:
     def loss(of: CausalModel, micro: TokenBatch, count: Tensor) -> Loss:
         lengths = micro.sizes
         width = micro.tokens.shape[1] if way == "padded" else int(lengths.max())
@@ -93,6 +99,7 @@ def way_of(way: str, model: CausalModel, batch: TokenBatch, losses: dict[str, fl
 
     def run() -> None:
         model.__dict__["_keeps_apart"] = way == "packed"
+        model.micro_batch_tokens = most_tokens if way == "packed" else None
         losses[way] = float(model.accumulate(loss, given)["loss"])
 
     return run

@@ -92,13 +92,10 @@ class _Sequences:
         finally:
             _Sequences.now = None
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(start, sequences, length) of each run of sequences of one length."""
-        start = 0
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(sequences, length) of each run of sequences of one length."""
         for length, run in groupby(self.lengths):
-            count = len(list(run))
-            yield start, count, length
-            start += count * length
+            yield len(list(run)), length
 
     def offsets(self, device: torch.device) -> Tensor:
         """[sequences + 1] int32: where each begins, and where the last ends."""
@@ -170,18 +167,15 @@ def _attention(
     sequences.crossed |= more.get("position_bias") is not None
     if visible is None and _has_flash(query, key, value, more):
         return _flash(query, key, value, sequences, more), None
-    parts = []
-    for start, count, length in sequences.runs():
-        own_query, own_key, own_value = (_rows(states, start, count, length) for states in (query, key, value))
+    parts, runs = [], list(sequences.runs())
+    # One split, whose backward is one concatenation: that of a slice fills a tensor as large as the whole.
+    split = [states[0].split([count * length for count, length in runs], dim=1) for states in (query, key, value)]
+    for (count, length), *own in zip(runs, *split, strict=True):
+        own_query, own_key, own_value = (states.unflatten(1, (count, length)).transpose(0, 1) for states in own)
         mask = None if visible is None else visible[..., :length, :length]
         out, _ = sdpa_attention_forward(module, own_query, own_key, own_value, mask, **more)
         parts.append(out.reshape(1, count * length, *out.shape[2:]))
     return torch.cat(parts, dim=1), None
-
-
-def _rows(states: Tensor, start: int, count: int, length: int) -> Tensor:
-    """[1, heads, N, D] -> [count, heads, length, D]."""
-    return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
 
 
 def _has_flash(query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> bool:
