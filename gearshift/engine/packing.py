@@ -217,7 +217,8 @@ def keeps_apart(model: Any, world: World, run: Run) -> bool:
     vocabulary = model.get_input_embeddings().num_embeddings
     lengths = torch.tensor([7, 9], device=world.device)
     tokens = torch.arange(18, device=world.device).view(2, 9) * 31 % vocabulary
-    alone = [run(row[None, :length], None)[0] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+    padded = run(tokens, None)  # right-padded: no sequence sees the other, nor what follows it
+    alone = [row[:length] for row, length in zip(padded, lengths.tolist(), strict=True)]
     packed = Packed(lengths, 9)
     with packed.apart():
         found = packed.spread(run(packed.join(tokens), packed.positions))
