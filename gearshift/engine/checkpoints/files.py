@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import os
@@ -11,12 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gearshift.engine.checkpoints.direct import DirectFile
+
 # Called as hook("write", path) before the operation happens; operations: folder, create, write, flush, rename, remove.
 Hook = Callable[[str, Path], None]
 hook: Hook | None = None
 
 BUFFER_BYTES = 4 << 20
-BEGIN_BYTES = 64 << 20
 
 
 def _before(operation: str, path: Path) -> None:
@@ -63,41 +63,39 @@ def remove_contents(folder: Path) -> None:
             remove(inner)
 
 
-def _begin_writing(number: int, low: int, high: int) -> None:
-    """Has the disk write bytes [low, high) of an open file, and waits for nothing; on Linux, elsewhere nothing."""
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:
-        begin(number, ctypes.c_int64(low), ctypes.c_int64(high - low), ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
-
-
 class DigestFile(io.RawIOBase):
     """A new file that counts and digests what is written to it, and is flushed to the disk when it is closed.
 
-    The disk begins before that, each `BEGIN_BYTES`: it writes while the rest is digested.
+    The disk writes meanwhile what came before (see `DirectFile`).
     """
 
-    _file: Any = None  # until it is there
+    _file: DirectFile | None = None  # until it is there
 
     def __init__(self, path: Path):
         _before("create", path)
-        self.path, self.size, self._begun = path, 0, 0
+        self.path, self.size = path, 0
         self._digest = hashlib.sha256()
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        with self._named():
+            self._file = DirectFile(path)
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         _before("write", self.path)
-        piece = memoryview(data).cast("B")[:BEGIN_BYTES]  # the caller comes again with the rest
+        assert self._file is not None
+        piece = memoryview(data).cast("B")
         with self._named():
-            written = int(self._file.write(piece))
+            written = self._file.write(piece)  # the caller comes again with the rest
         self._digest.update(piece[:written])
         self.size += written
-        if self.size - self._begun >= BEGIN_BYTES:
-            _begin_writing(self._file.fileno(), self._begun, self.size)
-            self._begun = self.size
         return written
+
+    def finish(self) -> None:
+        """Nothing more is written."""
+        assert self._file is not None
+        with self._named():
+            self._file.finish()
 
     def close(self) -> None:
         if self.closed or self._file is None:
@@ -105,7 +103,7 @@ class DigestFile(io.RawIOBase):
         try:
             _before("flush", self.path)
             with self._named():
-                os.fsync(self._file.fileno())
+                self._file.flush()
         finally:
             self._file.close()
             super().close()
@@ -137,6 +135,12 @@ def begin(path: Path, fill: Callable[[Any], Any]) -> DigestFile:
             buffered.close()
         raise
     buffered.detach()
+    try:
+        raw.finish()
+    except BaseException:
+        with suppress(OSError):
+            raw.close()
+        raise
     return raw
 
 
