@@ -52,7 +52,7 @@ def join(command: str, arguments: Arguments) -> Config:
     assert config is not None
     tp_size = config.rollout.tp_size if hasattr(config, "rollout") else 1
     _tell_world(met.hosts, tp_size)
-    if several_hosts() and hasattr(config, "checkpoint") and config.checkpoint.every:
+    if several_hosts() and config.saves:
         from gearshift.launch.shared_folder import require_shared
 
         require_shared(met.store, Path(config.run.folder), int(os.environ["RANK"]), met.hosts)
