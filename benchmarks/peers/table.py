@@ -20,8 +20,8 @@ MEMORY_LARGE_VOCABULARY = 0.5
 # Peers do the same step otherwise; each line holds for all sizes.
 DIFFERENCES = """\
 What differs in the work:
-  gearshift    also holds training against rollout log-probs in one micro-batch per process (one forward); whitens over
-               the whole batch; old log-probs and those of the KL are the rollout's; policy and critic each have their
+  gearshift    also holds training against rollout log-probs, in a forward that it needs anyway; whitens over the whole
+               batch; old log-probs and those of the KL are the rollout's; policy and critic each have their
                own optimizer step and clip. The average of the weights is off, as the others keep none.
   trl          one optimizer step of policy and critic together, the value loss times 0.1; old log-probs from the scores
                of generation, which it keeps [episodes, tokens, vocabulary]; whitens per process; the entropy of every

@@ -136,3 +136,24 @@ def test_values_are_those_of_each_alone(one_rank: WorkerGroup, tmp_path: Path) -
     packs, packed, alone = one_rank.run(values_of, str(save_tiny("llama", tmp_path / "llama")))[0]
     assert packs
     assert (packed[:, : max(LENGTHS)] - alone).abs().max() <= 1e-5
+
+
+def micro_batches(world: World, folder: str) -> tuple[list[int], list[float], list[float]]:
+    """Tokens of each micro-batch of at most 30; what `map` gives of each row, and what it should."""
+    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1, micro_batch_tokens=30)
+    tokens, targets, _ = batch(LENGTHS)
+    seen: list[int] = []
+
+    def first(micro: TokenBatch) -> torch.Tensor:
+        seen.append(int(micro.sizes.sum()))
+        return micro.tokens[:, 0].double()
+
+    return seen, model.map(first, TokenBatch(tokens, targets)).tolist(), tokens[:, 0].double().tolist()
+
+
+def test_micro_batches_are_bounded_by_tokens_and_rows_keep_their_order(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    seen, found, wanted = one_rank.run(micro_batches, str(save_tiny("llama", tmp_path / "llama")))[0]
+    assert sum(seen) == sum(LENGTHS)
+    assert max(seen) <= 30
+    assert len(seen) < len(LENGTHS)
+    assert found == wanted

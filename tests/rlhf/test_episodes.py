@@ -233,3 +233,7 @@ def test_the_ranks_parts_are_the_minibatch_of_one_rank(ranks: int) -> None:
     together = [sorted(chain(*step)) for step in zip(*parts, strict=True)]
     assert together == [sorted(step) for step in ids_of(ppo, 5, 2, ALONE)]
     assert {len(part) for rank in parts for part in rank} == {4 // ranks}
+    sizes = dict(zip(scored_rollouts()[0].ids.tolist(), scored_rollouts()[0].sizes.tolist(), strict=True))
+    for step in zip(*parts, strict=True):
+        tokens = [sum(sizes[row] for row in part) for part in step]
+        assert max(tokens) - min(tokens) <= max(sizes[row] for part in step for row in part)
