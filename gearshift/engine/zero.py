@@ -97,8 +97,7 @@ def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.opti
         betas=training.betas,
         eps=training.eps,
         weight_decay=training.weight_decay,
-        # One pass without temporaries as large as the weights; on a GPU torch's own default has neither.
-        fused=all(p.device.type == "cpu" for p in parameters) or None,
+        fused=True,  # one pass, without temporaries as large as the weights
     )
 
 

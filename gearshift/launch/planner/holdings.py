@@ -53,9 +53,9 @@ def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) 
     return Holding(weights, kept_whole, trained * FP32, state, averaged, bucket, host)
 
 
-def step_bytes(model: PaperModel, sharding: Sharding, moments: int, temporaries: int) -> int:
-    """Bytes that an optimizer step takes for a while on the device: a flat copy of the gradients, and `temporaries`
-    numbers for each weight (of the update rule), of one group of parameters at a time."""
+def step_bytes(model: PaperModel, sharding: Sharding) -> int:
+    """Bytes that an optimizer step takes for a while on the device: a flat copy of the gradients of one group of
+    parameters at a time."""
     if sharding.zero.offload_optimizer:
         return 0
     largest = group = 0
@@ -63,4 +63,4 @@ def step_bytes(model: PaperModel, sharding: Sharding, moments: int, temporaries:
         group += sharding.shard(parameter.numel()) if parameter.requires_grad else 0
         largest = max(largest, group)
         group = 0 if group >= sharding.zero.sub_group else group
-    return largest * FP32 * (1 + (temporaries if moments else 0))
+    return largest * FP32

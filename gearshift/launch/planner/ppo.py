@@ -253,7 +253,9 @@ class PpoPlan:
         if "reward" in self._models:
             found.append(self._forward("score: reward model", "reward"))
         found.append(self._forward("score: reference", "reference" if "reference" in self._models else "policy"))
-        found.append(self._forward("score: policy", "policy"))
+        ppo = self.config.ppo
+        if ppo.old_logprobs == "training" or ppo.kl.estimator == "exact":
+            found.append(self._forward("score: policy", "policy"))
         if "critic" in self._models:
             found.append(self._forward("values: critic", "critic", self._alone("policy").left))
         return found
@@ -270,7 +272,7 @@ class PpoPlan:
             parts = self._base()
             parts["weights"] -= self.holdings[name].whole  # cut for as long as they change
             parts["gathered"] += beside
-            parts["gradients"] += step_bytes(self._models[name], self.sharding, self.moments, 1 if self.graphs else 2)
+            parts["gradients"] += step_bytes(self._models[name], self.sharding)
             found.append(Phase(f"step: {name}", "ZeRO-3", parts))
         return found
 
