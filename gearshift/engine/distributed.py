@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.memory import keep_freed_memory
 from gearshift.engine.placement import Placement
 from gearshift.errors import UserError
 
@@ -100,6 +101,8 @@ def init_distributed(store: Any = None) -> World:
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if on_cpu:
+        keep_freed_memory()
     if not dist.is_initialized():
         if on_cpu:
             build_shared_memory_ops()

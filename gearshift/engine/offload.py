@@ -44,7 +44,7 @@ class OptimizerState:
         self._aside = []
 
     def _tensors(self) -> list[Tensor]:
-        """All that the optimizer alone reads: not masters that are the very shards, as DeepSpeed may have them."""
+        """All that the optimizer alone reads: not masters that are the very shards, as they are in fp32."""
         shards = {t.untyped_storage().data_ptr() for group in self._optimizer.fp16_partitioned_groups for t in group}
         state = [t for values in self._optimizer.optimizer.state.values() for t in values.values()]
         found = [*self._optimizer.fp32_partitioned_groups_flat, *self._more, *(t for t in state if torch.is_tensor(t))]

@@ -1,8 +1,8 @@
 """A model as a DeepSpeed ZeRO-3 engine: load, forward, accumulate, step, save.
 
 A loss is a sum over terms divided by the global number of terms of the minibatch, over all ranks and micro-batches:
-neither the micro-batch size nor the number of ranks changes the loss or its gradient. DeepSpeed averages over ranks
-and over accumulation steps; that averaging is undone in one place, `ZeroModel.accumulate`.
+neither the micro-batch size nor the number of ranks changes the loss or its gradient. What of DeepSpeed averages over
+ranks is undone in one place, `ZeroModel.accumulate`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gearshift.engine.batches import Rows
 from gearshift.engine.counting import count_pass, count_step
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
+from gearshift.engine.gradients import GradientSums
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.packing import Packed, Padded, keeps_apart
 from gearshift.engine.saving import save_pretrained
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from gearshift.engine.checkpoints.shards import Shards
 
 R = TypeVar("R", bound=Rows)
+
+# How many micro-batches of training a forward without a backward takes at once. A backward needs what a layer computes
+# on the way and the gradients of all that beside every layer's input, even where activations are computed again.
+ALONE = 2
 LossFunction = Callable[["Any", "Any", Tensor], Loss]
 Schedule = Callable[[int], float]
 
@@ -111,11 +116,20 @@ def compute_activations_again(module: Any) -> None:
         raise SettingError("optimizer.gradient_checkpointing", f"{one_line(error)}: leave it out") from error
 
 
+def share_masters(optimizer: Any) -> None:
+    """In fp32 DeepSpeed's master weights are a copy of the weights: here both are one."""
+    pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+    for weights, masters in pairs:
+        if weights is not None and (weights.dtype, weights.device) == (masters.dtype, masters.device):
+            masters.data = weights
+
+
 class ZeroModel:
     """A `transformers` model whose weights, gradients and optimizer state are cut over all ranks (ZeRO-3).
 
     See `CausalModel` and `RewardModel`. Without `training` it is frozen. `dropout`: what `accumulate` drops, if any.
-    A forward takes at most `micro_batch_size` rows of a rank, or `micro_batch_tokens` tokens where that is given.
+    A forward takes at most `micro_batch_size` rows of a rank, or `micro_batch_tokens` tokens where that is given; in a
+    model that trains, one that no backward follows takes `ALONE` times as many.
     """
 
     dropout: ResidualDropout | None = None
@@ -152,12 +166,19 @@ class ZeroModel:
             lr_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule)) if schedule else None,
             config=zero3_config(world, self.dtype, training, deepspeed_extra or {}),
         )[0]
+        self._sums: GradientSums | None = None
         if training:
-            # Every micro-batch is reduced as it comes, so that no caller need know which one is the last.
+            # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.
             self.engine.set_gradient_accumulation_boundary(True)
+            share_masters(self.engine.optimizer)
+            self._sums = GradientSums.of(self.engine.optimizer)
         self.average: WeightAverage | None = None
         if training is not None and training.average is not None:
             self.average = WeightAverage(self.engine.optimizer, training.average)
+
+    @property
+    def _alone(self) -> int:
+        return 1 if self.training is None else ALONE
 
     @property
     def stamp(self) -> tuple[int, bool]:
@@ -212,15 +233,18 @@ class ZeroModel:
         sums: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Rows]] = []
         micro_batches = self._micro_batches(batch)
+        averaged_over = self.world.size if self._sums is None else 1  # DeepSpeed's reduction is a mean over ranks
         with self.dropout.on(self.steps) if self.dropout else nullcontext():
             for _, micro, real in micro_batches:
                 result = loss(self, micro, count.clamp(min=1.0).float())
                 seen.append((result.loss.detach(), micro))
-                # ZeRO-3 averages over ranks: times the world size gives the sum. A repeated micro-batch (a rank with
-                # fewer rows than others takes part in their collectives) adds nothing.
-                self.engine.backward(result.loss * (weight * self.world.size * real))
+                # A repeated micro-batch (a rank with fewer rows than others takes part in their collectives) adds
+                # nothing.
+                self.engine.backward(result.loss * (weight * averaged_over * real))
                 for name, value in {"loss": result.loss, **result.metrics}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double() * real
+        if self._sums is not None:
+            self._sums.reduce()
         summed = self._summed(sums)
         # The reduced loss is the same on every rank, so every rank stops, and before any weight has moved.
         if not torch.isfinite(summed["loss"]):
@@ -236,7 +260,7 @@ class ZeroModel:
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         count_pass(self.module, batch)
         sums: dict[str, Tensor] = {}
-        for _, micro, real in self._micro_batches(batch):
+        for _, micro, real in self._micro_batches(batch, self._alone):
             result = loss(self, micro, count.clamp(min=1.0).float())
             for name, value in {"loss": result.loss, **result.metrics}.items():
                 sums[name] = sums.get(name, 0) + value.double() * real
@@ -250,6 +274,8 @@ class ZeroModel:
         if self._averaging:
             raise RuntimeError("the weights are their moving average: leave `averaged` before a step")
         count_step(self)
+        if self._sums is not None:
+            self._sums.finish()
         self.engine.step()
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -278,7 +304,7 @@ class ZeroModel:
         """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective."""
         count_pass(self.module, batch)
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
-        results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch)]
+        results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch, self._alone)]
         parts = [result for _, result, real in results if real]
         if not parts:
             return torch.empty(0, device=self.world.device)
@@ -308,18 +334,20 @@ class ZeroModel:
         if self.average is not None:
             self.average.load(state.get("average"))
 
-    def _micro_batches(self, batch: R) -> Iterator[tuple[list[int], R, int]]:
-        """As many on every rank: `(row numbers, those rows, 1)`, or `([0], the first row, 0)` to fill.
+    def _micro_batches(self, batch: R, times: int = 1) -> Iterator[tuple[list[int], R, int]]:
+        """As many on every rank: `(row numbers, those rows, 1)`, or `([0], the first row, 0)` to fill. `times`: as
+        large as those of training.
 
         Packed sequences take as long as they have tokens, so every micro-batch gets about as many; where there is
         padding, rows of like length go together.
         """
         sizes = batch.sizes.tolist() if len(batch) else []
-        own = parts_needed(sizes, self.micro_batch_size, self.micro_batch_tokens)
+        size, tokens = times * self.micro_batch_size, self.micro_batch_tokens and times * self.micro_batch_tokens
+        own = parts_needed(sizes, size, tokens)
         parts = int(self.world.max(own))
         if parts > 0 and not sizes:
             raise ValueError("a rank without any row cannot take part in a ZeRO-3 forward")
-        most = None if self.micro_batch_tokens else self.micro_batch_size
+        most = None if tokens else size
         count = min(parts, len(sizes))
         dealt = balanced(sizes, count, most) if self.packs else by_length(sizes, count)
         pieces = [(rows, 1) for rows in dealt] + [([0], 0)] * (parts - count)

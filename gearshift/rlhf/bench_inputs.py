@@ -25,7 +25,7 @@ from gearshift.rlhf.ppo_models import (
 from gearshift.rlhf.reporting import Report
 from gearshift.rlhf.rewards import Asked
 from gearshift.rlhf.settings import BenchConfig
-from gearshift.rlhf.setup import encoder_of, offloaded, tokenizer_of
+from gearshift.rlhf.setup import encoder_of, frozen, offloaded, tokenizer_of
 
 
 def load_inputs(config: BenchConfig, world: World, report: Report) -> tuple[Models, PpoData]:
@@ -54,8 +54,8 @@ def _alike(config: BenchConfig, world: World, shape: Any) -> Models:
     return Models(
         policy,
         with_value_head(common, critic_training(config)) if config.has_critic else None,
-        load_reference(config, world, policy, common, copy.deepcopy(shape)),
-        with_value_head(offloaded(common, config.reward.offload)),
+        load_reference(config, world, policy, frozen(common), copy.deepcopy(shape)),
+        with_value_head(offloaded(frozen(common), config.reward.offload)),
     )
 
 

@@ -26,6 +26,7 @@ from gearshift.rlhf.setup import (
     at_least,
     dtype_of,
     encoder_of,
+    frozen,
     load_rows,
     rollout_of,
     sampling_of,
@@ -113,8 +114,8 @@ def _judged(
     prompts = load_rows("data.validation", config.data.validation, encoder.prompts, report)
     assert config.reward.init is not None  # checked before launch
     settings = RewardSettings(**config.reward.model_dump())
-    frozen = {name: how[name] for name in ("dtype", "micro_batch_size", "micro_batch_tokens", "deepspeed_extra")}
-    reward = load_reward(settings, Asked(encoder.tokenizer, config.data.keys, prompts), world, **frozen)
+    common = {name: how[name] for name in ("dtype", "micro_batch_size", "micro_batch_tokens", "deepspeed_extra")}
+    reward = load_reward(settings, Asked(encoder.tokenizer, config.data.keys, prompts), world, **frozen(common))
     sampling = sampling_of(config.rollout, encoder.tokenizer, policy.module, config.run.seed)
     return policy, lambda: {SCORE: mean_over_prompts(policy, prompts, sampling, world, reward.score)[0]}
 

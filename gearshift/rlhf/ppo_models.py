@@ -20,6 +20,7 @@ from gearshift.rlhf.schedules import constant
 from gearshift.rlhf.settings import PpoConfig
 from gearshift.rlhf.setup import (
     dtype_of,
+    frozen,
     lacks_value_head,
     offloaded,
     rollout_of,
@@ -44,8 +45,8 @@ def load_models(config: PpoConfig, world: World, data: PpoData) -> Models:
     return Models(
         policy,
         _critic(config, world, common) if config.has_critic else None,
-        load_reference(config, world, policy, common),
-        load_reward(config.reward, data.asked, world, **common),
+        load_reference(config, world, policy, frozen(common)),
+        load_reward(config.reward, data.asked, world, **frozen(common)),
     )
 
 

@@ -68,9 +68,15 @@ class PpoSettings(Section):
     answers: int = Field(1, ge=1, description="Episodes of an iteration that answer the same prompt (C.4: 1)")
     minibatches: int = Field(8, ge=1, description="Optimizer steps that one pass over an iteration is cut into (C.4)")
     epochs: int = Field(1, ge=1, description="Passes over each iteration's episodes (C.4)")
-    micro_batch_size: int = Field(8, ge=1, description="Rows per rank in one forward; changes memory only")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="Rows per rank in one forward and backward (scoring takes twice as many); changes memory only",
+    )
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="Tokens per rank in one forward, in place of micro_batch_size; null: by rows"
+        None,
+        ge=1,
+        description="Tokens per rank in one forward and backward, in place of micro_batch_size; null: by rows",
     )
     clip: float = Field(0.2, gt=0, description="Bound on the probability ratio, 1 +- clip (C.4)")
     value_clip: float = Field(0.2, gt=0, description="Bound on a value's move from the rollout's, reward units (C.4)")

@@ -12,7 +12,7 @@ from gearshift.engine import CausalModel, Sampling, StopStrings, Training, World
 from gearshift.engine.loading import config_of
 from gearshift.engine.saving import save_adapters
 from gearshift.engine.settings import OptimizerSettings, RolloutSettings
-from gearshift.engine.zero import on_host
+from gearshift.engine.zero import ALONE, on_host
 from gearshift.errors import SettingError, UserError
 from gearshift.rlhf.agreement import read_alike
 from gearshift.rlhf.data.encoding import Block, Encoder
@@ -174,6 +174,13 @@ def rollout_of(rollout: RolloutSettings) -> dict[str, Any]:
         "record_steps": rollout.record_steps,
         "offload_optimizer": rollout.offload_optimizer,
     }
+
+
+def frozen(common: dict[str, Any]) -> dict[str, Any]:
+    """How a model is loaded that does not train: with `ALONE` of a training model's micro-batches in one."""
+    tokens = common["micro_batch_tokens"]
+    sizes = {"micro_batch_size": ALONE * common["micro_batch_size"], "micro_batch_tokens": tokens and ALONE * tokens}
+    return {**common, **sizes}
 
 
 def offloaded(common: dict[str, Any], offload: bool) -> dict[str, Any]:

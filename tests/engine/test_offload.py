@@ -53,7 +53,8 @@ def test_training_goes_on_bit_for_bit(
         assert stayed["stood_aside"] == 0
         assert stayed["seconds"] == 0 < left["seconds"]
         large = sum(t.numel() > 1 for t in stayed["state"])  # all but the numbers of steps
-        assert left["stood_aside"] == large >= (4 if optimizer == "sgd" else 12)
+        masters = 4 if dtype == torch.float32 else 0  # are the weights themselves, which stay
+        assert left["stood_aside"] == large - masters >= (4 if optimizer == "sgd" else 8)
         for name in ("state", "shards"):
             assert all(torch.equal(a, b) for a, b in zip(stayed[name], left[name], strict=True))
 

@@ -15,8 +15,8 @@ class Holding:
     """Bytes on a rank's device, and `host` those in its host's memory in their place.
 
     `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in
-    fp32; `optimizer`: fp32 weights and moments; `average`: the fp32 moving average of the weights; `bucket`: the buffer
-    in which gradients are collected.
+    fp32; `optimizer`: fp32 weights, where the shards are not in fp32 themselves, and moments; `average`: the fp32
+    moving average of the weights; `bucket`: the buffer in which gradients are collected.
     """
 
     weights: int = 0
@@ -43,20 +43,34 @@ def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) 
     host = shards - weights
     if not model.trained:
         return Holding(weights, kept_whole, host=host)
-    trained = sum(shard(p.numel()) for p in model.parameters if p.requires_grad)
-    state = (1 + moments) * trained * FP32
+    trained = trained_shard(model, sharding)
+    masters = trained if size < FP32 or zero.offload_optimizer else 0
+    state = (masters + moments * trained) * FP32
     averaged = trained * FP32 if average else 0
     bucket = zero.reduce_bucket * FP32
+    if adds_up(model, sharding):
+        bucket = 0 if n == 1 else n * trained * FP32
     if zero.offload_optimizer:
         host += state + averaged + 2 * trained * FP32
         return Holding(weights, kept_whole, bucket=bucket, host=host)
     return Holding(weights, kept_whole, trained * FP32, state, averaged, bucket, host)
 
 
+def trained_shard(model: PaperModel, sharding: Sharding) -> int:
+    """Elements that a rank has of the parameters that train."""
+    return sum(sharding.shard(p.numel()) for p in model.parameters if p.requires_grad)
+
+
+def adds_up(model: PaperModel, sharding: Sharding) -> bool:
+    """Whether `engine.gradients` adds up the model's gradients, or DeepSpeed reduces each on its way."""
+    n, zero = sharding.ranks, sharding.zero
+    return not zero.offload_optimizer and (n == 1 or n * trained_shard(model, sharding) <= zero.reduce_bucket)
+
+
 def step_bytes(model: PaperModel, sharding: Sharding) -> int:
-    """Bytes that an optimizer step takes for a while on the device: a flat copy of the gradients of one group of
-    parameters at a time."""
-    if sharding.zero.offload_optimizer:
+    """Bytes that an optimizer step takes for a while on the device: where gradients do not lie in a flat buffer
+    already, a flat copy of those of one group of parameters at a time."""
+    if sharding.zero.offload_optimizer or adds_up(model, sharding):
         return 0
     largest = group = 0
     for parameter in model.parameters:

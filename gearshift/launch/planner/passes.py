@@ -71,9 +71,10 @@ def _window(timeline: Timeline, sharding: Sharding) -> Window:
     return Window(sequence, timeline.forward, timeline.numel, sharding.ranks, sharding.itemsize, sharding.zero)
 
 
-def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None) -> Need:
+def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None, adds_up: bool = False) -> Need:
     """Of one pass of the timeline's micro-batch. `trained`: the timeline of the model's training passes, for a forward
-    pass alone of a model that trains, since DeepSpeed then expects the backward pass that does not come."""
+    pass alone of a model that trains, since DeepSpeed then expects the backward pass that does not come. `adds_up`:
+    gradients go where they are added up at once (`engine.gradients`)."""
     window = _window(trained or timeline, sharding)
     live, bucket, most = 0, _Bucket(sharding.zero.reduce_bucket, sharding.itemsize), Need()
 
@@ -90,6 +91,8 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
             look(scratch=event.value)
         elif event.kind in ("keep", "drop"):
             (window.keep if event.kind == "keep" else window.drop)(event.value)
+        elif event.kind == "gradient" and adds_up:
+            look()
         elif event.kind == "gradient":
             reduced = bucket.add(timeline.numel[event.value])
             look(gradients=reduced - bucket.kept)  # a gradient that is kept is among what is live still

@@ -12,9 +12,10 @@ import torch
 from gearshift.engine.decoder import CudaGraphs
 from gearshift.engine.layout import TensorParallelLayout
 from gearshift.engine.reshard import ReshardPlan, Traffic
+from gearshift.engine.zero import ALONE
 from gearshift.errors import UserError
 from gearshift.launch.planner import rollouts
-from gearshift.launch.planner.holdings import Holding, holding, step_bytes
+from gearshift.launch.planner.holdings import Holding, adds_up, holding, step_bytes
 from gearshift.launch.planner.models import Batch, PaperModel, causal, classifier
 from gearshift.launch.planner.passes import Need, Sharding, need
 from gearshift.launch.planner.rollouts import PaperReplica, Rollouts
@@ -119,20 +120,19 @@ class PpoPlan:
         rows = self.config.ppo.batch_size * self.config.rollout.tp_size // self.ranks
         return Rollouts(rows, min(rows, self.config.rollout.slots or rows), self.prompt, self.response)
 
-    def batch(self, rows: int) -> Batch:
+    def batch(self, rows: int, times: int = 1) -> Batch:
         """The largest micro-batch of episodes, of `rows` on this rank."""
         length = self.prompt + self.response
-        return Batch(self.micro(rows, length), length, self.response)
+        return Batch(self.micro(rows, length, times), length, self.response)
 
-    def micro(self, rows: int, length: int) -> int:
-        """Of `rows` rows of `length` tokens, how many share a micro-batch."""
-        ppo = self.config.ppo
-        most = ppo.micro_batch_size if ppo.micro_batch_tokens is None else max(1, ppo.micro_batch_tokens // length)
-        return min(rows, most)
+    def micro(self, rows: int, length: int, times: int = 1) -> int:
+        """Of `rows` rows of `length` tokens, how many share a micro-batch, or one that is `times` as large."""
+        size, tokens = self.config.ppo.micro_batch_size, self.config.ppo.micro_batch_tokens
+        return min(rows, times * size if tokens is None else max(1, times * tokens // length))
 
     @cached_property
     def scored(self) -> Batch:
-        return self.batch(self.config.ppo.batch_size // self.ranks)
+        return self.batch(self.config.ppo.batch_size // self.ranks, ALONE)
 
     @cached_property
     def updated(self) -> Batch:
@@ -290,7 +290,8 @@ class PpoPlan:
         return self._phase(title, self._alone(name), beside)
 
     def _backward(self, title: str, name: str, batch: Batch, beside: int) -> Phase:
-        return self._phase(title, need(self._trained(name, batch), self.sharding), beside)
+        added = adds_up(self._models[name], self.sharding)
+        return self._phase(title, need(self._trained(name, batch), self.sharding, adds_up=added), beside)
 
     def _phase(self, title: str, found: Need, beside: int) -> Phase:
         parts = self._base()

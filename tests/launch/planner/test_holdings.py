@@ -27,15 +27,22 @@ def sharding(**zero: object) -> Sharding:
 
 def test_a_model_that_trains() -> None:
     expected = Holding(
-        weights=20 * 2, whole=SMALL, gradients=20 * 4, optimizer=3 * 20 * 4, average=20 * 4, bucket=100 * 4
+        weights=20 * 2, whole=SMALL, gradients=20 * 4, optimizer=3 * 20 * 4, average=20 * 4, bucket=80 * 4
     )
     assert holding(model(), sharding(), 2, True) == expected
+    assert holding(model(), sharding(reduce_bucket=70), 2, True) == replace(expected, bucket=70 * 4)
     assert holding(model(), sharding(), 0, False) == replace(expected, optimizer=20 * 4, average=0)
 
 
 def test_one_rank_keeps_nothing_whole_beside_its_shards() -> None:
     held = holding(model(), Sharding(1, 2, ZERO), 2, True)
-    assert (held.weights, held.whole) == (77 * 2, 0)
+    assert (held.weights, held.whole, held.bucket) == (77 * 2, 0, 0)
+
+
+def test_in_fp32_the_shards_are_the_masters() -> None:
+    assert holding(model(), Sharding(4, 4, ZERO), 2, True).optimizer == 2 * 20 * 4
+    away = replace(ZERO, offload_optimizer=True)
+    assert holding(model(), Sharding(4, 4, away), 2, False).host == (3 + 2) * 20 * 4
 
 
 def test_on_the_host_lie_the_optimizer_and_two_copies_of_the_gradients() -> None:
@@ -53,7 +60,7 @@ def test_weights_on_the_host() -> None:
 
 @pytest.mark.parametrize(("sub_group", "elements"), [(1000, 20), (18, 18), (1, 18)])
 def test_a_step_takes_one_group_of_parameters_at_a_time(sub_group: int, elements: int) -> None:
-    grouped = sharding(sub_group=sub_group)
+    grouped = sharding(sub_group=sub_group, reduce_bucket=70)
     assert step_bytes(model(), grouped) == elements * 4
 
 

@@ -1,0 +1,128 @@
+"""Gradients that are added up on each rank and reduced once, against DeepSpeed's way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gearshift.engine import CausalModel, TokenBatch, Training, World
+from gearshift.engine.gradients import squared_norm
+from gearshift.engine.saving import gathered_parameters
+from gearshift.kernels import Loss
+from tests.engine.test_zero import ROWS, _gradient, distance, language_loss, token_batch
+from tests.models import save_tiny
+from tests.worker_group import WorkerGroup
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[WorkerGroup]:
+    group = WorkerGroup(3)
+    yield group
+    group.stop()
+
+
+BUCKET = {"zero_optimization": {"reduce_bucket_size": 3000}}  # holds no whole gradient of these models
+GROUPS = {"zero_optimization": {"sub_group_size": 3000}}  # parameters are stepped in several groups
+
+
+def two_steps(
+    world: World, folder: str, extra: dict[str, Any], dtype: torch.dtype, clip: float = 0.5, optimizer: str = "adamw"
+) -> dict[str, Any]:
+    """Each of two losses in several micro-batches, as PPO-ptx has them."""
+    training = Training(learning_rate=0.01, optimizer=optimizer, max_grad_norm=clip)
+    model = CausalModel.load(folder, world, dtype=dtype, micro_batch_size=2, training=training, deepspeed_extra=extra)
+    found: dict[str, Any] = {"adds_up": model._sums is not None, "gradients": [], "norms": []}
+    for step in range(2):
+        for seed, weight in ((2 * step, 1.0), (2 * step + 1, 0.5)):
+            model.accumulate(language_loss, token_batch(seed).select(world.share(ROWS)), weight)
+        found["gradients"].append({n: _gradient(p) for n, p in model.module.named_parameters()})
+        found["norms"].append(model.step())
+    found["weights"] = {n: t.float() for n, t in gathered_parameters(model.module)}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_deepspeed_has_them(
+    one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """131 x 32 weights are not a multiple of three ranks."""
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    bound = 2e-6 if dtype == torch.float32 else 3e-2  # with other ranks other rows are rounded together
+    theirs = three_ranks.run(two_steps, folder, BUCKET, dtype)[0]
+    assert not theirs["adds_up"]
+    assert theirs["norms"][0] > 0.5  # so that it is clipped
+    for group, extra in ((one_rank, {}), (three_ranks, {}), (three_ranks, GROUPS), (one_rank, GROUPS)):
+        ours = group.run(two_steps, folder, extra, dtype)[0]
+        assert ours["adds_up"]
+        assert ours["norms"] == pytest.approx(theirs["norms"], rel=bound)
+        assert distance(ours["gradients"][0], theirs["gradients"][0]) <= bound
+        assert distance(ours["weights"], theirs["weights"]) <= bound
+
+
+def test_every_rank_has_the_same_norm(three_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    first, *others = (found["norms"] for found in three_ranks.run(two_steps, folder, {}, torch.float32))
+    assert all(norms == first for norms in others)
+
+
+def hidden_loss(model: CausalModel, micro: TokenBatch, count: Tensor) -> Loss:
+    """Knows nothing of the head."""
+    return Loss(model.hidden_states(micro.tokens).square().sum() / count, {})
+
+
+def a_head_that_rests(world: World, folder: str) -> list[Tensor]:
+    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
+    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=8, training=training)
+    batch, heads = token_batch().select(world.share(ROWS)), []
+    for loss in (language_loss, hidden_loss, hidden_loss):
+        model.accumulate(loss, batch)
+        model.step()
+        heads.append(dict(gathered_parameters(model.module))["lm_head.weight"].clone())
+    return heads
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "three_ranks"])
+def test_what_a_step_does_not_use_does_not_move(request: pytest.FixtureRequest, tmp_path: Path, ranks: str) -> None:
+    """Not by the gradient of the step before."""
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    heads = request.getfixturevalue(ranks).run(a_head_that_rests, folder)[0]
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], heads[2])
+
+
+def shared_memory(world: World, folder: str, dtype: torch.dtype) -> tuple[bool, int]:
+    """Whether masters are the weights, and how many numbers the buffer for gradients has."""
+    training = Training(learning_rate=0.1)
+    model = CausalModel.load(folder, world, dtype=dtype, micro_batch_size=8, training=training)
+    optimizer = model.engine.optimizer
+    pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+    shared = [weights.data_ptr() == masters.data_ptr() for weights, masters in pairs]
+    assert all(shared) or not any(shared)
+    return all(shared), optimizer.ipg_buckets[torch.float32].buffer.numel()
+
+
+def test_what_is_kept_of_masters_and_buffer(one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert one_rank.run(shared_memory, folder, torch.float32)[0] == (True, 0)
+    shared, kept = three_ranks.run(shared_memory, folder, torch.bfloat16)[0]
+    assert not shared
+    parameters = 2 * 131 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32) + 32
+    assert parameters <= kept < parameters + 3 * 21  # each of 21 rounded up to three parts
+
+
+@pytest.mark.parametrize("count", [0, 1, 65_537, 200_000])
+def test_squares_add_up_as_in_fp64(count: int) -> None:
+    x = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    assert float(squared_norm(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+
+
+def test_squares_past_fp32() -> None:
+    x = torch.full((70_000,), 1e25)
+    assert float(squared_norm(x)) == pytest.approx(7e54, rel=1e-6)
+    assert float(squared_norm(torch.tensor([1.0, torch.nan]))) != float(squared_norm(torch.tensor([1.0])))
+    assert squared_norm(torch.tensor([1.0, torch.inf])).isinf()
