@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gearshift.engine.checkpoints.manifest import NAME, Manifest
 from gearshift.errors import UserError
+from gearshift.launch.arguments import Parser
 from gearshift.launch.verify import newest_in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the folder and returns 0."""
-    parser = argparse.ArgumentParser(prog="gearshift export", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Parser(prog="gearshift export", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("checkpoint", type=Path, help="a step's folder; or a run's folder, for its newest step")
     parser.add_argument("out", type=Path, help="the folder to write: safetensors, config, tokenizer")
     parser.add_argument(

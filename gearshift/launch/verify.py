@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from gearshift.engine.checkpoints.manifest import NAME, Manifest, folder_name, s
 from gearshift.engine.checkpoints.reading import pointer_problem, step_problems, steps
 from gearshift.engine.checkpoints.settings import FOLDER
 from gearshift.errors import UserError
+from gearshift.launch.arguments import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when everything is whole, 1 when something is not, which is then named."""
-    parser = argparse.ArgumentParser(prog="gearshift verify", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Parser(prog="gearshift verify", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("checkpoint", type=Path, help="a step's folder; or a run's folder, for all of its steps")
     checkpoint = parser.parse_args(argv).checkpoint
     found = checkpoints_in(checkpoint)

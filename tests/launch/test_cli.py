@@ -143,3 +143,14 @@ def test_arguments() -> None:
     assert parse_arguments(["--max-restarts", "3"]).max_restarts == 3
     with pytest.raises(UserError, match=r"--max-restarts: should be a number of restarts, 0 or more, not 'many'"):
         parse_arguments(["--max-restarts", "many"])
+
+
+@pytest.mark.parametrize("words", [["export", "RUN"], ["verify"], ["report", "RUN", "--wide"], ["doctor", "--x"]])
+def test_arguments_that_do_not_fit_are_told_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith(f"gearshift {words[0]}: ")
+    assert told.endswith(f"(what there is: gearshift {words[0]} --help)\n")

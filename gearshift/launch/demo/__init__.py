@@ -5,7 +5,6 @@ The stages' configs stand beside this file; they are copied to the demo's folder
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.errors import UserError
+from gearshift.launch.arguments import Parser
 from gearshift.launch.demo.checks import check
 from gearshift.launch.devices import visible_gpus
 
@@ -57,7 +57,7 @@ def stages(full: bool) -> list[Stage]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs every stage, checks the outcome, writes the report. Returns 0, or 1 when a stage or a check failed."""
-    parser = argparse.ArgumentParser(prog="gearshift demo", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(prog="gearshift demo", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", default=FOLDER, help=f"where everything is written (default: {FOLDER})")
     parser.add_argument(
         "--ranks", type=int, help="processes, 1, 2, 4 or 8 (default: as many as there are GPUs, else 2)"

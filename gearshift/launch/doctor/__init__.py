@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from gearshift.launch.arguments import Parser
 from gearshift.launch.doctor.findings import NOTE, WRONG, Finding, note
 from gearshift.launch.overrides import LAUNCHER, Arguments, check_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line for each check; returns 1 when something would break a run, else 0. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="gearshift doctor", description=(__doc__ or "").split(": ", 1)[1])
+    parser = Parser(prog="gearshift doctor", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("--hostfile", help="the hosts of a run, as the launcher takes them: HOST slots=N a line")
     parser.add_argument("--run-folder", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
     parser.add_argument("--quick", action="store_true", help="start no processes: no all-reduce")

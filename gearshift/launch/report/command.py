@@ -1,10 +1,10 @@
 """`gearshift report RUN`: choose what a folder is, and make the page for it."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from gearshift.errors import UserError
+from gearshift.launch.arguments import Parser
 from gearshift.launch.report.material import STAGES, Material, read_compare, read_run, read_stages
 
 DEMO_FOLDERS = ("pretrain", "sft", "reward", "ppo", "ppo-ptx", "compare")
@@ -15,9 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises UserError when the folder is missing or holds nothing to report.
     """
-    parser = argparse.ArgumentParser(
-        prog="gearshift report", description="Write report.html and its pictures into a run folder."
-    )
+    parser = Parser(prog="gearshift report", description="Write report.html and its pictures into a run folder.")
     parser.add_argument(
         "run",
         metavar="RUN",
