@@ -26,7 +26,7 @@ def step(rows: int = 3) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt_neox", "phi3", "olmo2"])
 def test_halves_are_served(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = own_of(family)
-    assert rotary._agrees(own, torch.float32, CPU)
+    assert rotary._agrees(own, torch.float32, CPU, rotary._turned)
     monkeypatch.setattr(rotary, "_is_step", lambda *given: True)
     with torch.no_grad():
         for found, want in zip(rotary._with_steps(own)(*step()), own(*step()), strict=True):
@@ -35,7 +35,7 @@ def test_halves_are_served(family: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("family", ["cohere", "glm", "ernie4_5"])
 def test_neighbours_are_not(family: str) -> None:
-    assert not rotary._agrees(own_of(family), torch.float32, CPU)
+    assert not rotary._agrees(own_of(family), torch.float32, CPU, rotary._turned)
 
 
 def test_all_else_goes_to_the_family_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
