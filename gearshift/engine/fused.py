@@ -50,8 +50,9 @@ def bind_norm(module: Any) -> None:
     draw, device = torch.Generator().manual_seed(0), _CPU if weight.is_meta else weight.device
     features = _shape(weight)[0]
     x, drawn = (torch.randn(*shape, features, generator=draw).to(device, weight.dtype) for shape in ((2, 3), ()))
+    stand_in = _with(module, _parameters=module._parameters | {"weight": nn.Parameter(drawn)})
     try:
-        own = type(module).forward(_with(module, _parameters={"weight": nn.Parameter(drawn)}), x)
+        own = type(module).forward(stand_in, x)
         fits = [how for how in _NORMS if _are_close(own, rms_norm(x, drawn, eps, *how))]
     except (RuntimeError, TypeError):  # it takes something else than one tensor
         fits = []

@@ -206,18 +206,18 @@ class Norm(nn.Module):
 def test_a_norm_is_known_without_its_weight() -> None:
     """Which ZeRO-3 has cut, so that its memory is empty; a norm that computes something else, or has a forward of its
     own already, stays."""
-    norm, other, taken = Norm(), Norm(1.0), Norm()
+    norm, other, taken, layer_norm = Norm(), Norm(1.0), Norm(), nn.LayerNorm(6, bias=False)
     x = torch.randn(2, 6)
     wanted = norm(x)
     taken.forward = types.MethodType(lambda self, x: x, taken)  # type: ignore[method-assign]
     whole: Any = norm.weight.data
     norm.weight.data, norm.weight.ds_shape = torch.empty(0), whole.shape  # type: ignore[attr-defined]
-    for one in (norm, other, taken):
+    for one in (norm, other, taken, layer_norm):
         bind_norm(one)
     norm.weight.data = whole
     assert torch.allclose(norm(x), wanted, atol=1e-6)
     assert "forward" in vars(norm)
-    assert "forward" not in vars(other)
+    assert not any("forward" in vars(one) for one in (other, layer_norm))
     assert taken(x) is x
 
 
