@@ -18,14 +18,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds:
 
     rounds: the quotient is rounded to x's type before it is scaled, as Llama's is.
     """
-    differs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda and weight.is_contiguous() and not differs:
+    with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda and weight.is_contiguous() and not with_gradients:
         from gearshift.kernels.rms_norm_triton import norm
 
         return norm(x, weight, eps, offset, rounds)
     if not native.serves(x, weight) or not weight.is_contiguous():
         return plain(x, weight, eps, offset, rounds)
-    found: Tensor = _RmsNorm.apply(x, weight, eps, offset) if differs else _forward(x, weight, eps, offset)
+    found: Tensor = _RmsNorm.apply(x, weight, eps, offset) if with_gradients else _forward(x, weight, eps, offset)
     return found
 
 

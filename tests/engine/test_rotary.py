@@ -50,3 +50,27 @@ def test_all_else_goes_to_the_family_s_own(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(apply(*longer)[0], own(*longer)[0])
         assert torch.equal(apply(q, k, cos, sin, unsqueeze_dim=1)[0], own(q, k, cos, sin)[0])
     assert torch.equal(apply(q, k, cos, sin)[0], own(q, k, cos, sin)[0])
+
+
+def sequences(rows: int = 2) -> list[torch.Tensor]:
+    return [x[:rows].expand(*x[:rows].shape[:-2], 5, 8).contiguous() for x in step()]
+
+
+def test_whole_sequences_on_a_processor_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every row, or with one row of angles for all; a single position, another type, angles that learn and other
+    arguments go to the file's own."""
+    own = own_of("llama")
+    apply, (q, k, cos, sin) = rotary._with_sequences(own), sequences()
+    served: list[int] = []
+    monkeypatch.setattr(rotary, "rotary", lambda q, k, cos, sin: served.append(len(cos)) or own(q, k, cos, sin))
+    apply(q, k, cos, sin)
+    apply(q, k, cos[:1], sin[:1])
+    assert served == [2, 1]
+    for given in (
+        [x[..., :1, :] for x in (q, k, cos, sin)],
+        [x.double() for x in (q, k, cos, sin)],
+        [q, k, cos.clone().requires_grad_(), sin],
+        [q, k, cos, sin, 1],
+    ):
+        apply(*given)
+    assert served == [2, 1]
