@@ -90,7 +90,8 @@ def predict(config: PpoConfig, world: World) -> PpoPlan:
     """The plan of the run that `measure` makes: steps of decoding are not recorded."""
     policy, reward = config_of(config.policy.init), config_of(config.reward.init)
     shapes = Shapes(policy, reward, reward, policy)
-    return PpoPlan(config, shapes, world.size, world.local_size, dtype_of(config.run, world), graphs=False)
+    dtype = dtype_of(config.run, world)
+    return PpoPlan(config, shapes, world.size, world.local_size, dtype, graphs=False, device=world.device)
 
 
 def measure(config: PpoConfig, world: World) -> dict[str, int]:

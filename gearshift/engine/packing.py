@@ -168,14 +168,20 @@ def _attention(
     if visible is None and _has_flash(query, key, value, more):
         return _flash(query, key, value, sequences, more), None
     parts, runs = [], list(sequences.runs())
-    # One split, whose backward is one concatenation: that of a slice fills a tensor as large as the whole.
-    split = [states[0].split([count * length for count, length in runs], dim=1) for states in (query, key, value)]
+    split = [_split(states, [count * length for count, length in runs]) for states in (query, key, value)]
     for (count, length), *own in zip(runs, *split, strict=True):
-        own_query, own_key, own_value = (states.unflatten(1, (count, length)).transpose(0, 1) for states in own)
+        own_query, own_key, own_value = (states.unflatten(0, (count, length)).transpose(1, 2) for states in own)
         mask = None if visible is None else visible[..., :length, :length]
         out, _ = sdpa_attention_forward(module, own_query, own_key, own_value, mask, **more)
         parts.append(out.reshape(1, count * length, *out.shape[2:]))
-    return torch.cat(parts, dim=1), None
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
+
+
+def _split(states: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """[1, heads, N, D] as parts [n, heads, D], as a projection has them in memory. Not by indices or slices, whose
+    backward fills a tensor as large as the whole; that of this is one concatenation, or nothing for a single part."""
+    whole = states.squeeze(0).transpose(0, 1)
+    return whole.split(sizes) if len(sizes) > 1 else (whole,)
 
 
 def _has_flash(query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.layout import TensorParallelLayout, whole_heads
 from gearshift.errors import UserError
-from gearshift.kernels import rms_norm
 
 # What an attention module keeps of its heads, or of their features; a rank's module counts the heads that it has.
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
@@ -74,60 +73,6 @@ def _bind_norm(module: Any, group: TensorParallelGroup) -> None:
         return normed.to(x.dtype)
 
     module.forward = types.MethodType(forward, module)
-
-
-@torch.no_grad()
-def bind_norm(module: Any) -> None:
-    """An RMS norm in one pass over its rows; any other module, and a norm that computes something else, stays as it is.
-
-    What it computes is tried on random numbers, its weight too: some families multiply by the weight, some by 1 more,
-    some round what they multiply. On a processor only fp32 has such a pass.
-    """
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or not _is_small(module, weight):
-        return
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, len(weight), generator=draw).to(weight)
-    before = weight.data.clone()
-    weight.data.copy_(torch.randn(len(weight), generator=draw))
-    try:
-        own = module(x)
-        fits = [how for how in _NORMS if _are_close(own, rms_norm(x, weight, eps, *how))]
-    except (RuntimeError, TypeError):  # it takes something else than one tensor
-        fits = []
-    finally:
-        weight.data.copy_(before)
-    if not fits:
-        return
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps, *fits[0])
-
-    module.forward = types.MethodType(forward, module)
-
-
-# What is added to the weight, and whether the quotient is rounded first: the ways of the families.
-_NORMS = ((0.0, True), (0.0, False), (1.0, False))
-
-
-def _are_close(own: Tensor, other: Tensor) -> bool:
-    """To the last bits in fp32; else to the same bits but in one number of a hundred, which is off by a rounding."""
-    if own.dtype != other.dtype or own.shape != other.shape:
-        return False
-    if own.dtype == torch.float32:
-        return torch.allclose(own, other, atol=1e-5)
-    close = torch.allclose(own.float(), other.float(), rtol=2 * torch.finfo(own.dtype).eps, atol=1e-6)
-    return close and float((own != other).float().mean()) < 0.01
-
-
-def _is_small(module: nn.Module, weight: Tensor) -> bool:
-    """One vector, and nothing else in it, where there is a kernel for it."""
-    return (
-        (weight.is_cuda or (weight.device.type == "cpu" and weight.dtype == torch.float32))
-        and weight.dim() == 1
-        and len(list(module.parameters())) == 1
-        and not list(module.children())
-    )
 
 
 def _count_own_heads(module: Any, tp_size: int) -> None:

@@ -18,10 +18,11 @@ from gearshift.engine.attention_check import check_attention
 from gearshift.engine.cache import ATTENTION_NAME, KeyValueCache, register
 from gearshift.engine.decoder import Decoder, Recorder
 from gearshift.engine.distributed import TensorParallelGroup
+from gearshift.engine.fused import bind_norm
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
-from gearshift.engine.parallel_layers import bind_norm, bind_shares
+from gearshift.engine.parallel_layers import bind_shares
 from gearshift.engine.rotary import bind_rotary
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers

@@ -1,4 +1,5 @@
-"""The rotary embedding of a family's model file, in one launch where a step of decoding on a GPU asks for it."""
+"""The rotary embedding of a family's model file, as one operation where a step of decoding on a GPU asks for it, or
+whole sequences on a processor."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.kernels import native
+from gearshift.kernels.rotate_half import rotary
+
 _NAME = "apply_rotary_pos_emb"
 
 
@@ -20,9 +24,19 @@ def bind_rotary(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     """
     module = sys.modules[type(model).__module__]
     own = getattr(module, _NAME, None)
-    if own is None or hasattr(own, "own") or not _agrees(own, dtype, device):
+    if own is None or hasattr(own, "own") or not _agrees(own, dtype, device, _turned):
         return
     setattr(module, _NAME, _with_steps(own))
+
+
+def bind_rotary_of_sequences(model: Any) -> None:
+    """The same for whole sequences in fp32 on a processor, where the library is there, with their gradients. Single
+    positions there keep the file's own, which a recorded step joins by itself (`tape`)."""
+    module = sys.modules[type(model).__module__]
+    own = getattr(module, _NAME, None)
+    if own is None or hasattr(own, "own") or not _agrees(own, torch.float32, torch.device("cpu"), rotary, positions=5):
+        return
+    setattr(module, _NAME, _with_sequences(own))
 
 
 def _with_steps(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,6 +48,28 @@ def _with_steps(own: Callable[..., Any]) -> Callable[..., Any]:
 
     apply.own = own  # type: ignore[attr-defined]
     return apply
+
+
+def _with_sequences(own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
+        if more or named or not _are_sequences(q, k, cos, sin):
+            return own(q, k, cos, sin, *more, **named)
+        return rotary(q, k, cos, sin)
+
+    apply.own = own  # type: ignore[attr-defined]
+    return apply
+
+
+def _are_sequences(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """More than one position of every row: q [n, h, S, D], k [n, k, S, D], cos and sin [n or 1, S, D] without
+    gradients."""
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or not native.serves(q, k, cos, sin):
+        return False
+    rows, _, positions, size = q.shape
+    shaped = (k.shape[0], *k.shape[2:]) == (rows, positions, size) and cos.shape[1:] == (positions, size)
+    plain = not (cos.requires_grad or sin.requires_grad)
+    return shaped and plain and positions > 1 and size % 2 == 0 and cos.shape[0] in (1, rows)
 
 
 def _is_step(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -51,15 +87,17 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _agrees(own: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> bool:
+def _agrees(
+    own: Callable[..., Any], dtype: torch.dtype, device: torch.device, turned: Callable[..., Any], positions: int = 1
+) -> bool:
     rng = torch.Generator().manual_seed(0)
-    shapes = ((2, 3, 1, 16), (2, 2, 1, 16), (2, 1, 16), (2, 1, 16))
+    shapes = ((2, 3, positions, 16), (2, 2, positions, 16), (2, positions, 16), (2, positions, 16))
     given = [torch.randn(*shape, generator=rng).to(dtype).to(device) for shape in shapes]
     try:
         found = own(*given)
     except (TypeError, ValueError, RuntimeError, IndexError):  # it takes something else
         return False
-    wanted = _turned(*given)
+    wanted = turned(*given)
     bound = 2 * torch.finfo(dtype).eps
     return len(found) == 2 and all(
         a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=bound, atol=4 * bound)

@@ -25,6 +25,7 @@ from gearshift.engine.batches import Rows
 from gearshift.engine.counting import count_pass, count_step
 from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
+from gearshift.engine.fused import bind_fused
 from gearshift.engine.gradients import GradientSums
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.packing import Packed, Padded, keeps_apart
@@ -157,6 +158,7 @@ class ZeroModel:
             compute_activations_again(module)
         if training is not None:
             bind_linears(module)
+        bind_fused(module, world.device)
         trained = [p for p in module.parameters() if p.requires_grad]
         schedule = training.schedule if training else None
         self.engine = deepspeed.initialize(

@@ -14,6 +14,7 @@ from gearshift.kernels.policy_loss import policy_loss
 from gearshift.kernels.ppo_targets import Targets, ppo_targets
 from gearshift.kernels.rms_norm import rms_norm
 from gearshift.kernels.score_attention import score_attention
+from gearshift.kernels.swiglu import swiglu
 from gearshift.kernels.value_loss import value_loss
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "ppo_targets",
     "rms_norm",
     "score_attention",
+    "swiglu",
     "value_loss",
 ]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gearshift.kernels import native
 
-WORTH_THREADS = 1 << 17  # numbers for which a second thread is worth waking
+PART = 64  # rows whose share of the weight's gradient is one sum, whatever the number of threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = False) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dimension, without gradients: x `[..., F]`, weight
-    `[F]` -> `[..., F]`, in fp32 whatever the type of x, which the result has.
+    """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dimension: x `[..., F]`, weight `[F]` -> `[..., F]`,
+    in fp32 whatever the type of x, which the result has. Differentiable; the backward pass keeps the inputs alone.
 
     rounds: the quotient is rounded to x's type before it is scaled, as Llama's is.
     """
-    if x.is_cuda and weight.is_contiguous():
+    with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda and weight.is_contiguous() and not with_gradients:
         from gearshift.kernels.rms_norm_triton import norm
 
         return norm(x, weight, eps, offset, rounds)
-    if not _serves(x, weight):
+    if not native.serves(x, weight) or not weight.is_contiguous():
         return plain(x, weight, eps, offset, rounds)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    rest = (x.shape[-1], *map(native.pointer, (x, weight)), eps, offset, native.pointer(out))
-    native.run("rms_norm", functools.partial(_rows, x.numel() // max(1, x.shape[-1]), x.shape[-1], rest))
-    return out
+    found: Tensor = _RmsNorm.apply(x, weight, eps, offset) if with_gradients else _forward(x, weight, eps, offset)
+    return found
 
 
 def plain(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = False) -> Tensor:
@@ -40,18 +38,46 @@ def plain(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bo
     return (normed * (weight.float() + offset)).to(x.dtype)
 
 
-def _rows(rows: int, features: int, rest: tuple[object, ...]) -> int:
-    norm = native.function("rms_norm", "iiippddp")
-    if rows * features < WORTH_THREADS:
-        norm(0, rows, *rest)
-    else:
-        native.over_rows(lambda first, last: norm(first, last, *rest), rows)
-    return 0
+class _RmsNorm(torch.autograd.Function):
+    """Saves the parameter itself, which ZeRO-3 gathers again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.numbers = eps, offset
+        return _forward(x, weight, eps, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return *_backward(x, weight, gradients[0], *ctx.numbers, *ctx.needs_input_grad[:2]), None, None
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
-    return (
-        native.built() is not None
-        and weight.is_contiguous()
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight))
-    )
+def _forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    x = x.contiguous()
+    out, features = torch.empty_like(x), x.shape[-1]
+    if not x.is_meta:
+        given = features, *map(native.pointer, (x, weight)), eps, offset, native.pointer(out)
+        native.spread("rms_norm", "ippddp", x.numel() // max(1, features), x.numel(), *given)
+    return out
+
+
+def _backward(
+    x: Tensor, weight: Tensor, gradient: Tensor, eps: float, offset: float, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the weight, each if it is asked for."""
+    gradient, features = gradient.contiguous(), x.shape[-1]
+    rows = x.numel() // max(1, features)
+    parts = -(-rows // PART)
+    dx = torch.empty_like(x) if of_x else None
+    sums = x.new_empty(parts, features) if of_weight else None
+    if not x.is_meta:
+        pointers, results = map(native.pointer, (x, weight, gradient)), map(native.pointer, (dx, sums))
+        given = rows, PART, features, *pointers, eps, offset, *results
+        native.spread("rms_norm_backward", "iiipppddpp", parts, x.numel(), *given)
+        if sums is not None:
+            native.function("sum_rows", "iip")(parts, features, native.pointer(sums))
+    if sums is None or parts == 1:
+        return dx, None if sums is None else sums[0]
+    return dx, sums[0].clone() if parts else x.new_zeros(features)

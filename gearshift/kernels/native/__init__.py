@@ -19,6 +19,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 PARTS_A_THREAD = 4
+WORTH_THREADS = 1 << 17  # numbers for which a second thread is worth waking
 
 
 @functools.cache
@@ -90,6 +91,11 @@ def noted(note: Callable[[str, Callable[[], int]], None]) -> Iterator[None]:
         _notes.remove(note)
 
 
+def serves(*tensors: Tensor) -> bool:
+    """Whether the library is there, for fp32 on a processor; or on no device, where operations give shapes alone."""
+    return built() is not None and all(t.dtype == torch.float32 and t.device.type in ("cpu", "meta") for t in tensors)
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -112,6 +118,34 @@ def over_rows(work: Callable[[int, int], T], rows: int) -> list[T]:
     helpers = [_pool(threads - 1).submit(drain) for _ in range(threads - 1)]
     found = drain()
     return found + [one for helper in helpers if not helper.cancel() for one in helper.result()]
+
+
+def spread(name: str, fields: str, rows: int, numbers: int, *values: float | None) -> None:
+    """The library's function `name(first, last, given)` on rows 0 to `rows`; of many `numbers` in parts, by as many
+    threads as torch has. given: a struct of the values, of which `fields` says what they are (`function`)."""
+    work, given = function(name, "iip"), ctypes.byref(_struct(fields)(*values))
+    threads = min(rows, torch.get_num_threads()) if numbers >= WORTH_THREADS else 1
+    if threads <= 1:
+        call: Callable[[], Any] = functools.partial(work, 0, rows, given)
+    elif (parallel := _parallel()) is not None:
+        parts, address = PARTS_A_THREAD * threads, ctypes.cast(work, ctypes.c_void_p)  # type: ignore[arg-type]
+        call = functools.partial(function("spread", "piipip"), parallel, threads, parts, address, rows, given)
+    else:
+        call = functools.partial(over_rows, lambda first, last: work(first, last, given), rows)
+    run(name, call)
+
+
+@functools.cache
+def _struct(fields: str) -> type[ctypes.Structure]:
+    named = [(f"_{number}", _KINDS[kind]) for number, kind in enumerate(fields)]
+    return type("Given", (ctypes.Structure,), {"_fields_": named})
+
+
+@functools.cache
+def _parallel() -> ctypes.c_void_p | None:
+    """The function of the OpenMP that torch has loaded which runs another on its threads; None if it has no such."""
+    found = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p)
 
 
 @functools.cache

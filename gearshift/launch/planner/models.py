@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.adapters import add_adapters, train_adapters_only
+from gearshift.engine.fused import bind_fused
 from gearshift.engine.heads import bind_logprob_head, bind_value_head
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.loading import build_on_meta, config_of, dropout_rates
@@ -20,6 +21,8 @@ from gearshift.engine.settings import LoraSettings
 from gearshift.engine.zero import compute_activations_again
 from gearshift.errors import SettingError
 from gearshift.launch.planner.tracing import META, Timeline, extended, trace
+
+GPU = torch.device("cuda")  # which need not be there
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,17 @@ class Batch:
 
 
 class PaperModel:
-    """A model that is `trained` or frozen. `module`: on the meta device, its head bound as in a run."""
+    """A model that is `trained` or frozen, of a run on `device`. `module`: on the meta device, its head bound as in a
+    run."""
 
-    def __init__(self, module: Any, trained: bool, entropy: bool = False):
+    def __init__(self, module: Any, trained: bool, entropy: bool = False, device: torch.device = GPU):
         self.module, self.trained, self._entropy = module, trained, entropy
         module.requires_grad_(trained)
         if trained and hasattr(module, "lora"):
             train_adapters_only(module)
         if trained:
             bind_linears(module)
+        bind_fused(module, device)
         self._timelines: dict[tuple[Batch, bool, bool], Timeline] = {}
 
     @cached_property
@@ -77,7 +82,9 @@ class PaperModel:
         return lambda: self.module(tokens)
 
 
-def causal(config: Any, dtype: torch.dtype, trained: bool, lora: LoraSettings | None = None) -> PaperModel:
+def causal(
+    config: Any, dtype: torch.dtype, trained: bool, lora: LoraSettings | None = None, device: torch.device = GPU
+) -> PaperModel:
     from transformers import AutoModelForCausalLM
 
     module = build_on_meta(AutoModelForCausalLM, _plain(config), dtype)
@@ -86,10 +93,10 @@ def causal(config: Any, dtype: torch.dtype, trained: bool, lora: LoraSettings | 
     module.to(META)
     bind_logprob_head(module)
     module.is_causal_lm = True
-    return PaperModel(module, trained, entropy=True)
+    return PaperModel(module, trained, entropy=True, device=device)
 
 
-def classifier(config: Any, dtype: torch.dtype, trained: bool) -> PaperModel:
+def classifier(config: Any, dtype: torch.dtype, trained: bool, device: torch.device = GPU) -> PaperModel:
     """Values at every position, whatever kind of model the config is of."""
     from transformers import AutoModelForSequenceClassification
 
@@ -97,7 +104,7 @@ def classifier(config: Any, dtype: torch.dtype, trained: bool) -> PaperModel:
     config.num_labels = 1
     module = build_on_meta(AutoModelForSequenceClassification, config, dtype).to(META)
     bind_value_head(module)
-    return PaperModel(module, trained)
+    return PaperModel(module, trained, device=device)
 
 
 def _plain(config: Any) -> Any:

@@ -16,7 +16,7 @@ from gearshift.engine.zero import ALONE
 from gearshift.errors import UserError
 from gearshift.launch.planner import rollouts
 from gearshift.launch.planner.holdings import Holding, adds_up, holding, step_bytes
-from gearshift.launch.planner.models import Batch, PaperModel, causal, classifier
+from gearshift.launch.planner.models import GPU, Batch, PaperModel, causal, classifier
 from gearshift.launch.planner.passes import Need, Sharding, need
 from gearshift.launch.planner.rollouts import PaperReplica, Rollouts
 from gearshift.launch.planner.tracing import Timeline
@@ -53,7 +53,8 @@ class Shapes:
 
 @dataclass
 class PpoPlan:
-    """`ranks` processes, `per_host` on each host; `graphs`: steps of decoding are recorded as CUDA graphs."""
+    """`ranks` processes, `per_host` on each host; `graphs`: steps of decoding are recorded as CUDA graphs; `device`: of
+    the kind that they compute on, which need not be there."""
 
     config: PpoConfig
     shapes: Shapes
@@ -61,10 +62,11 @@ class PpoPlan:
     per_host: int
     dtype: torch.dtype
     graphs: bool = True
+    device: torch.device = GPU
     _models: dict[str, PaperModel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._models = self._models or _models(self.config, self.shapes, self.dtype)
+        self._models = self._models or _models(self.config, self.shapes, self.dtype, self.device)
 
     def changed(self, **sections: Mapping[str, Any]) -> PpoPlan:
         """The same with other values of some sections' fields; models are not built again."""
@@ -301,13 +303,13 @@ class PpoPlan:
         return Phase(title, "ZeRO-3", parts)
 
 
-def _models(config: PpoConfig, shapes: Shapes, dtype: torch.dtype) -> dict[str, PaperModel]:
+def _models(config: PpoConfig, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, PaperModel]:
     lora = config.policy.lora
-    found = {"policy": causal(shapes.policy, dtype, True, lora)}
+    found = {"policy": causal(shapes.policy, dtype, True, lora, device)}
     if config.has_critic:
-        found["critic"] = classifier(shapes.critic, dtype, True)
+        found["critic"] = classifier(shapes.critic, dtype, True, device)
     if config.reference.init != "policy" or lora is None:
-        found["reference"] = causal(shapes.reference, dtype, False)
+        found["reference"] = causal(shapes.reference, dtype, False, device=device)
     if not names_function(config.reward.init):
-        found["reward"] = classifier(shapes.reward, dtype, False)
+        found["reward"] = classifier(shapes.reward, dtype, False, device)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.llama import modeling_llama
 
 from gearshift.kernels import linear_logprob
 from gearshift.launch.planner.live import LiveBytes
@@ -103,3 +104,20 @@ def test_gradients_wait_in_the_bucket_and_are_joined_when_it_is_full() -> None:
     )
     assert roomy == (512 + 32 + 256 + 8) * 4
     assert tight == (8 + 256 + 32) * 4
+
+
+def test_on_processors_activations_are_those_of_the_operations_that_run_there() -> None:
+    """In one pass, SwiGLU keeps two tensors in place of three, and a norm its input alone."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 64, **heads}
+    batch, config = Batch(2, 128, 16), AutoConfig.for_model("llama", **shape)
+    own = modeling_llama.apply_rotary_pos_emb
+    gpu = causal(config, torch.float32, True).timeline(batch, True)
+    half = causal(config, torch.bfloat16, True, device=torch.device("cpu"))
+    try:
+        cpu = causal(config, torch.float32, True, device=torch.device("cpu")).timeline(batch, True)
+    finally:
+        modeling_llama.apply_rotary_pos_emb = own
+    saved = 2 * 128 * 4 * (512 + 64)  # of the last layer, at its backward: the products, and what the norm turned
+    assert gpu.activations - cpu.activations >= 2 * saved
+    assert not any("forward" in vars(layer.mlp) for layer in half.module.model.layers)
