@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Rows)
 
+ALL_WEIGHTS = 10**15  # elements of a parameter
+
 # How many micro-batches of training a forward without a backward takes at once. A backward needs what a layer computes
 # on the way and the gradients of all that beside every layer's input, even where activations are computed again.
 ALONE = 2
@@ -76,6 +78,9 @@ def zero3_config(world: World, dtype: torch.dtype, training: Training | None, ex
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if world.size == 1:
+        # A whole weight is the shard itself, and need not come and go: for DeepSpeed all weights are small.
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = ALL_WEIGHTS
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
     return _merged(config, extra)
