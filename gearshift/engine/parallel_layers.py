@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.layout import TensorParallelLayout, whole_heads
 from gearshift.errors import UserError
-from gearshift.kernels import rms_norm
+from gearshift.kernels import decode_step, rms_norm
 
 # What an attention module keeps of its heads, or of their features; a rank's module counts the heads that it has.
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
@@ -101,9 +102,15 @@ def bind_norm(module: Any) -> None:
         return
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps, *fits[0])
+        return decode_step.norm(x, self.weight, eps, *fits[0])
 
     module.forward = types.MethodType(forward, module)
+
+
+def bind_silu(module: Any) -> None:
+    """The activation of most families in one pass, where a step of decoding on a processor asks for it."""
+    if isinstance(module, nn.SiLU | SiLUActivation):
+        module.forward = decode_step.silu
 
 
 # What is added to the weight, and whether the quotient is rounded first: the ways of the families.

@@ -21,7 +21,7 @@ from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
-from gearshift.engine.parallel_layers import bind_norm, bind_shares
+from gearshift.engine.parallel_layers import bind_norm, bind_shares, bind_silu
 from gearshift.engine.rotary import bind_rotary
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers
@@ -109,6 +109,7 @@ class Replica:
                 _bind_linear(module)
             elif role is None:
                 bind_norm(module)
+                bind_silu(module)
         bind_shares(self.model, self.layout, self.group)
         if self._device.type == "cuda":
             bind_rotary(self.model, self._dtype, self._device)

@@ -19,8 +19,7 @@ SHAPES = [(1, 1, 1), (1, 5, 9), (7, 300, 8), (16, 256, 50), (17, 257, 7), (32, 5
 @pytest.fixture(params=["one thread", "two threads", "not built"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The compiled function, by one thread and by two; and torch's own, where it is not there."""
-    monkeypatch.setattr(MODULE, "WORTH_THREADS", 1)
-    monkeypatch.setattr(MODULE, "BLOCK", 16)
+    monkeypatch.setattr(MODULE, "GRAIN", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2 if request.param == "two threads" else 1)
     if request.param == "not built":

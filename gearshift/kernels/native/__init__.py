@@ -28,7 +28,7 @@ def built() -> ctypes.CDLL | None:
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 
-_KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     library = built()
     assert library is not None
     found = getattr(library, f"gearshift_{name}")
-    found.argtypes = [_KINDS[kind] for kind in arguments]
+    found.argtypes = [KINDS[kind] for kind in arguments]
     return found
 
 
