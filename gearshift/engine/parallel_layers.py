@@ -108,8 +108,8 @@ def bind_norm(module: Any) -> None:
 
 
 def bind_silu(module: Any) -> None:
-    """The activation of most families in one pass, where a step of decoding on a processor asks for it."""
-    if isinstance(module, nn.SiLU | SiLUActivation):
+    """The activation of most families as a task, where a step of decoding on a processor asks for it."""
+    if type(module) in (nn.SiLU, SiLUActivation):
         module.forward = decode_step.silu
 
 

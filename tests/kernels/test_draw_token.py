@@ -1,4 +1,4 @@
-"""draw_token against its definition in fp64, whole and split over ranks; bits that know no threads and no neighbours."""
+"""draw_token against its definition in fp64, whole and split over ranks; bits that know no threads."""
 
 from __future__ import annotations
 

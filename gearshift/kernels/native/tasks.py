@@ -16,7 +16,7 @@ from gearshift.kernels import native
 
 
 class Task(NamedTuple):
-    """The library's function `name` with its `arguments`, done on `units` that threads share, `grain` at a time or more.
+    """The library's function `name` with its `arguments`, done on `units` that threads share, at least `grain` each.
 
     Arguments hold addresses: what lies there has to stay. `beside`: tasks next to each other that have the same one do
     not wait for each other (None: they wait).
