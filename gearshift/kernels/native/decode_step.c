@@ -91,17 +91,23 @@ POINTWISE(sum, a[i] + b[i])
 POINTWISE(product, a[i] * b[i])
 
 /* x / (1 + e^-x), and 0 or x far from 0, where e^x or e^-x is nothing beside 1. */
+INLINE lanes silu(lanes x)
+{
+    lanes small = exp_of(-magnitude(x));
+    return x * choose(x < 0.0f, small, 1.0f + (lanes){0}) / (1.0f + small);
+}
+
+/* Units: UNIT numbers. */
 EXPORT CLONES int gearshift_step_silu(const void *arguments, struct heap *heap)
 {
     const struct pointwise *of = arguments;
     int64_t first, last;
     while (gearshift_take(heap, &first, &last)) {
-        int64_t stop = last * UNIT < of->numbers ? last * UNIT : of->numbers;
-        for (int64_t i = first * UNIT; i < stop; i += LANES) {
-            lanes x = load(of->a + i, stop - i), size = magnitude(x), small = exp_of(-size);
-            lanes y = x * choose(x < 0.0f, small, 1.0f + (lanes){0}) / (1.0f + small);
-            store(of->y + i, y, stop - i);
-        }
+        int64_t stop = last * UNIT < of->numbers ? last * UNIT : of->numbers, i = first * UNIT;
+        for (; i + LANES <= stop; i += LANES)
+            store(of->y + i, silu(load(of->a + i, LANES)), LANES);
+        if (i < stop)
+            store(of->y + i, silu(load(of->a + i, stop - i)), stop - i);
     }
     return 0;
 }

@@ -50,15 +50,21 @@ INLINE float largest_of(const float *logits, int64_t tokens)
 INLINE lanes weights_of(const float *logits, int64_t count, float largest)
 {
     lanes below = load(logits, count) - (largest > -FLT_MAX ? largest : -FLT_MAX);
-    whole_lanes here = (whole_lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (int32_t)(count < LANES ? count : LANES);
-    return choose(here & ~(below < -87.0f), exp_of(below), (lanes){0});
+    lanes weights = choose(below < -87.0f, (lanes){0}, exp_of(below));
+    if (count < LANES)
+        weights = choose((whole_lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (int32_t)count, weights,
+                         (lanes){0});
+    return weights;
 }
 
 INLINE double sum_of(const float *logits, int64_t tokens, float largest)
 {
     lanes sums = {0};
     double sum = 0.0;
-    for (int64_t k = 0; k < tokens; k += LANES)
+    int64_t k = 0;
+    for (; k + LANES <= tokens; k += LANES)
+        sums += weights_of(logits + k, LANES, largest);
+    if (k < tokens)
         sums += weights_of(logits + k, tokens - k, largest);
     for (int lane = 0; lane < LANES; lane++)
         sum += sums[lane];
