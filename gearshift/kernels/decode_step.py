@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import silu as torch_silu
 
 from gearshift.kernels import native
+from gearshift.kernels.few_rows_linear import FEW
 from gearshift.kernels.native import tasks
 from gearshift.kernels.native.tasks import Task
 from gearshift.kernels.rms_norm import rms_norm
 
-MOST = 1 << 17  # numbers that a step has in one tensor: more come from a prefill
+MOST = 1 << 17  # numbers that a step has in front of a norm: more come from a prefill
 # Numbers of a unit of the compiled functions, as they have it, and the fewest that a thread takes at a time.
 UNIT, GRAIN = 256, 4096
 
@@ -39,8 +40,8 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: boo
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + e^−x), to 4e-7 of the result; without gradients."""
-    if not serves(x) or x.numel() > MOST:
+    """x / (1 + e^−x), to 4e-7 of the result; without gradients. A row's bits do not depend on the rows beside it."""
+    if not serves(x) or x.numel() > FEW * x.shape[-1]:
         return torch_silu(x)
     x = x.contiguous()
     out = torch.empty_like(x)

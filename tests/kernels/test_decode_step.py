@@ -33,6 +33,12 @@ def test_silu(numbers: int) -> None:
     assert ((found - want).abs() <= 4e-7 * want.abs() + 1e-30).all()
 
 
+def test_a_row_of_silu_knows_no_other() -> None:
+    x = noise(40, 100)
+    assert all(torch.equal(decode_step.silu(x[: rows + 1])[rows], decode_step.silu(x[rows])) for rows in range(32))
+    assert torch.equal(decode_step.silu(x), torch.nn.functional.silu(x))  # not of a step
+
+
 def test_silu_far_out() -> None:
     x = torch.tensor([0.0, -0.0, 88.0, -88.0, 1e30, -1e4, torch.inf, torch.nan])
     found = decode_step.silu(x)

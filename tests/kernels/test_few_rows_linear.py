@@ -76,6 +76,24 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
         torch.set_num_threads(before)
 
 
+def test_bits_do_not_depend_on_threads() -> None:
+    """Which outputs are of one tile does: none is lost, and each adds its products in one order."""
+    if not MODULE.has_wide_registers():
+        pytest.skip("the compiled function needs AVX-512")
+    before = torch.get_num_threads()
+    try:
+        for rows, features, outputs in ((1, 700, 301), (20, 384, 1000), (32, 8, 9)):
+            x, weight, bias = make(rows, features, outputs)
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(few_rows_linear(x, weight, bias))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bf16_stays_bf16(way: str) -> None:
     x, weight, bias = (tensor.bfloat16() for tensor in make(4, 16, 8))
     got = few_rows_linear(x, weight, bias)

@@ -181,15 +181,19 @@ static void share(struct list *list, int64_t helpers)
         sched_yield();
 }
 
-static void cut(struct list *list, int64_t threads)
+/* Parts of tasks for so many threads; returns how many threads find a part of some task. */
+static int64_t cut(struct list *list, int64_t threads)
 {
+    int64_t useful = 1;
     for (int64_t number = 0; number < list->count; number++) {
         const struct task *task = &list->tasks[number];
         int64_t most = threads == 1 ? 1 : threads * PARTS, parts = (task->units + task->grain - 1) / task->grain;
         atomic_init(&list->progress[number].taken, 0);
         atomic_init(&list->progress[number].done, 0);
         list->progress[number].parts = parts < most ? parts : most;
+        useful = parts > useful ? parts : useful;
     }
+    return useful < threads ? useful : threads;
 }
 
 /* Does the tasks in their order by at most so many threads. Not 0: there was no memory for one of them. */
@@ -201,7 +205,7 @@ EXPORT int gearshift_do_tasks(const struct task *tasks, int64_t count, int64_t t
     list.progress = aligned_alloc(LINE, (size_t)count * sizeof *list.progress);
     if (list.progress == NULL)
         return 1;
-    cut(&list, threads);
+    threads = cut(&list, threads);
     if (threads > 1 && !atomic_flag_test_and_set(&team.busy)) {
         share(&list, threads - 1);
         atomic_flag_clear(&team.busy);
