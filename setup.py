@@ -9,8 +9,9 @@ setup(
         Extension(
             "gearshift.kernels.native._library",  # no module of Python: loaded through ctypes
             sorted(glob("gearshift/kernels/native/*.c")),
-            depends=["gearshift/kernels/native/native.h"],
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            depends=sorted(glob("gearshift/kernels/native/*.h")),
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-pthread"],
+            extra_link_args=["-pthread"],
             libraries=["m"],
             optional=True,  # without a compiler the operations go through torch
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ _NORMS = ((0.0, True), (0.0, False), (1.0, False))
 
 
 @torch.no_grad()
-def bind_norm(module: Any) -> None:
-    """An RMS norm in one pass over its rows; any other module, and a norm that computes something else, stays as it is.
+def bind_norm(module: Any, norm: Callable[..., Tensor] = rms_norm) -> None:
+    """An RMS norm in one pass over its rows, by `norm`, which computes what `rms_norm` does; any other module, and a
+    norm that computes something else, stays as it is.
 
     Some families multiply by the weight, some by 1 more, some round what they multiply. On a processor only fp32 has
     such a pass.
@@ -60,7 +62,7 @@ def bind_norm(module: Any) -> None:
         return
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps, *fits[0])
+        return norm(x, self.weight, eps, *fits[0])
 
     module.forward = types.MethodType(forward, module)
 

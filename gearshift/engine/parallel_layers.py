@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.layout import TensorParallelLayout, whole_heads
 from gearshift.errors import UserError
+from gearshift.kernels import decode_step
 
 # What an attention module keeps of its heads, or of their features; a rank's module counts the heads that it has.
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
@@ -73,6 +75,12 @@ def _bind_norm(module: Any, group: TensorParallelGroup) -> None:
         return normed.to(x.dtype)
 
     module.forward = types.MethodType(forward, module)
+
+
+def bind_silu(module: Any) -> None:
+    """The activation of most families as a task, where a step of decoding on a processor asks for it."""
+    if type(module) in (nn.SiLU, SiLUActivation):
+        module.forward = decode_step.silu
 
 
 def _count_own_heads(module: Any, tp_size: int) -> None:

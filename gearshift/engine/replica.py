@@ -22,11 +22,11 @@ from gearshift.engine.fused import bind_norm
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
 from gearshift.engine.loading import build_on_meta
-from gearshift.engine.parallel_layers import bind_shares
+from gearshift.engine.parallel_layers import bind_shares, bind_silu
 from gearshift.engine.rotary import bind_rotary
 from gearshift.engine.sampling import HeadShard
 from gearshift.engine.weights import persistent_buffers
-from gearshift.kernels import FlashKernel, few_rows_linear
+from gearshift.kernels import FlashKernel, decode_step, few_rows_linear
 
 
 class Replica:
@@ -109,7 +109,8 @@ class Replica:
             elif is_plain_linear(module):
                 _bind_linear(module)
             elif role is None:
-                bind_norm(module)
+                bind_norm(module, decode_step.norm)
+                bind_silu(module)
         bind_shares(self.model, self.layout, self.group)
         if self._device.type == "cuda":
             bind_rotary(self.model, self._dtype, self._device)

@@ -21,6 +21,7 @@ from gearshift.engine.stopping import StopStrings
 from gearshift.engine.truncation import kept_tokens
 from gearshift.errors import UserError
 from gearshift.kernels import few_rows_linear
+from gearshift.kernels.draw_token import draw_token, serves
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,24 @@ def sample_tokens(
     logits = logits_of(hidden, head)
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
+    if top_k is None and top_p == 1.0 and serves(logits):
+        told = draw_token(logits, uniform, temperature == 0.0, group.rank, head.vocab_start, group.all_gather)
+    else:
+        told = _drawn(logits, head.vocab_start, temperature == 0.0, uniform, group, top_k, top_p)
+    told = group.all_reduce(told)
+    return told[0].long(), told[1]
+
+
+def _drawn(
+    logits: Tensor,
+    vocab_start: int,
+    greedy: bool,
+    uniform: Tensor,
+    group: TensorParallelGroup,
+    top_k: int | None,
+    top_p: float,
+) -> Tensor:
+    """What `draw_token` gives, by operations of torch, and from a part of the vocabulary alone if that is asked for."""
     top, best = logits.max(-1)
     # A rank may have no possible token at all: its maximum is −inf, and it has no part in the sum.
     weights = torch.exp(logits - top.clamp(min=torch.finfo(top.dtype).min)[:, None])
@@ -133,7 +152,7 @@ def sample_tokens(
     tops, sums = stats[:, 0], stats[:, 1]
     highest = tops.amax(0)
     scaled = sums * torch.exp(tops - highest)  # [t, n]: each rank's probability mass, not yet normalised
-    if temperature == 0.0:
+    if greedy:
         owner, local = tops.argmax(0), best
     else:
         rescale, drawn_from = torch.exp(tops - highest), scaled
@@ -143,9 +162,8 @@ def sample_tokens(
         owner, local = _inverse_cdf(weights, drawn_from, rescale[group.rank], uniform, group.rank)
     chosen = logits.gather(-1, local[:, None])[:, 0] - highest - torch.log(scaled.sum(0))
     mine = owner == group.rank
-    told = torch.stack([(local + head.vocab_start).float(), chosen]) * mine
-    told = group.all_reduce(torch.where(mine, told, 0.0))
-    return told[0].long(), told[1]
+    told = torch.stack([(local + vocab_start).float(), chosen]) * mine
+    return torch.where(mine, told, 0.0)
 
 
 def _inverse_cdf(weights: Tensor, masses: Tensor, rescale: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:

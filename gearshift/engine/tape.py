@@ -2,13 +2,11 @@
 
 A step of a small batch is hundreds of operations of a few microseconds each, and as much again for the modules that
 call them. A recording keeps every tensor of one step and does the same operations on them again, in place, as a CUDA
-graph does on a GPU. Some that follow each other are done as one, to the same bits.
+graph does on a GPU. Some that follow each other are done as one, to the same bits (see `joining`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,26 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gearshift.engine.joining import Call, Done, apart, joined
 from gearshift.kernels import native
-from gearshift.kernels.rotate_half import rotate_half
-
-Call = Callable[[], Any]
 
 # What gives values to Python, or as much as the values say: another step would need another recording.
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
 _TO_PYTHON = {"tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 _MEMORY_ALONE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """An operation (`native`: a call of the compiled library) and what does it again."""
-
-    name: str
-    args: tuple[Any, ...]
-    out: Any
-    call: Call
-    native: bool = False
 
 
 class Tape:
@@ -53,16 +38,15 @@ class Tape:
         with native.noted(log.note), _NothingToPython(), log:
             step()
         done = joined(log.done)
-        names = {number: one.name for number, one in enumerate(done) if one.native}
-        return partial(_replay, [one.call for one in done], names, log.kept)
+        return partial(_replay, done, [one.call for one in done], log.kept)
 
 
 @torch.inference_mode()
-def _replay(calls: list[Call], names: dict[int, str], kept: list[Any]) -> None:
-    """`names`: of the compiled functions among the calls; `kept`: tensors that these know by their addresses alone."""
+def _replay(done: list[Done], calls: list[Call], kept: list[Any]) -> None:
+    """`calls`: those of `done`; `kept`: tensors that the compiled functions know by their addresses alone."""
     if native.is_surrounded():
-        for number, call in enumerate(calls):
-            native.within(names[number], call) if number in names else call()
+        for one in apart(done):
+            native.within(one.name, one.call) if one.native else one.call()
         return
     for call in calls:
         call()
@@ -82,7 +66,7 @@ class _Log(TorchDispatchMode):
         self.kept: list[Any] = []
 
     def note(self, name: str, call: Call) -> None:
-        self.done.append(Done(name, (), None, call, native=True))
+        self.done.append(Done(name, (), {}, None, call, native=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +80,7 @@ class _Log(TorchDispatchMode):
         if not func.is_view and name not in _MEMORY_ALONE:
             call = _again(func, args, kwargs, out)
             if call is not None:
-                self.done.append(Done(name, args, out, call))
+                self.done.append(Done(name, args, kwargs, out, call))
         return out
 
 
@@ -145,60 +129,3 @@ def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
         if outs and len(outs) == len(func._schema.returns) and rest == own:
             return overload, outs
     return None
-
-
-# --- several as one --------------------------------------------------------------------------------------------------
-
-_ROTATION = ["mul", "neg", "cat", "mul", "add"]
-
-
-def joined(done: list[Done]) -> list[Done]:
-    """The same work, rotary embeddings by `rotate_half`."""
-    found: list[Done] = []
-    at = 0
-    while at < len(done):
-        some = done[at : at + len(_ROTATION)]
-        call = _rotation(some) if [one.name for one in some] == _ROTATION else None
-        found.append(done[at] if call is None else Done("rotate_half", (), some[-1].out, call, native=True))
-        at += 1 if call is None else len(_ROTATION)
-    return found
-
-
-def _rotation(some: list[Done]) -> Call | None:
-    """x · cos + cat(−x₂, x₁) · sin of x `[n, h, 1, D]` in halves x₁ and x₂, as `transformers` writes it; else None."""
-    straight, negated, turned, weighted, total = some
-    if any(len(one.args) != 2 for one in (straight, turned, weighted, total)) or turned.args[1] not in (-1, 3):
-        return None
-    (x, cos), (parts, _), (also_turned, sin) = straight.args, turned.args, weighted.args
-    tensors = [x, cos, sin, also_turned, *parts, *total.args, *negated.args]
-    if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in tensors) or len(parts) != 2:
-        return None
-    if x.dim() != 4 or x.shape[2] != 1 or x.shape[3] % 2 or x.stride(3) != 1 or total.out.stride(3) != 1:
-        return None
-    first, second = x.chunk(2, -1)
-    angles = (x.shape[0], 1, 1, x.shape[3])
-    fits = (
-        _same(parts[0], negated.out)
-        and _same(parts[1], first)
-        and _same(negated.args[0], second)
-        and _same(also_turned, turned.out)
-        and _same(total.args[0], straight.out)
-        and _same(total.args[1], weighted.out)
-        and all(t.dim() == 4 and t.expand(angles).stride(3) == 1 for t in (cos, sin) if _broadcasts(t, angles))
-        and all(_broadcasts(t, angles) for t in (cos, sin))
-    )
-    if not fits:
-        return None
-    cos, sin = (t.expand(angles)[:, 0, 0] for t in (cos, sin))
-    calls: list[Call] = []
-    with native.noted(lambda name, call: calls.append(call)):  # what it comes to, without the Python before it
-        rotate_half(x[:, :, 0], cos, sin, total.out[:, :, 0])
-    return calls[0]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    return tensor.dim() == len(shape) and all(own in (1, n) for own, n in zip(tensor.shape, shape, strict=True))

@@ -5,7 +5,6 @@ Letters: n rows, h query heads, k key/value heads, D size of a query or key head
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.kernels import native
+from gearshift.kernels.native import tasks
 from gearshift.kernels.score_attention import score_attention
 
 
@@ -126,12 +126,11 @@ def _serves(*tensors: Tensor) -> bool:
     return native.built() is not None and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "capacity", "key_size", "value_size", "window")),
-        ("scaling", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    ]
+_Arguments = tasks.structure(
+    "DecodeAttention",
+    "heads i, kv_heads i, capacity i, key_size i, value_size i, window i, scaling d, softcap d, query p, key p, "
+    "value p, keys p, values p, positions p, sinks p, out p",
+)
 
 
 def _through_library(
@@ -139,17 +138,13 @@ def _through_library(
     window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     rows, heads, size = query.shape
+    kv_heads, capacity = keys.shape[1:3]
     query, key, value, positions = (x.contiguous() for x in (query, key, value, positions))
     sinks = None if sinks is None else sinks.float().contiguous()
     assert keys.is_contiguous()
     assert values.is_contiguous()
     out = torch.empty(rows, heads, value.shape[2])
-    shape = _Shape(heads, keys.shape[1], keys.shape[2], size, value.shape[2], window or 0, scaling, softcap or 0.0)
+    sizes = (heads, kv_heads, capacity, size, value.shape[2], window or 0, scaling, softcap or 0.0)
     pointers = map(native.pointer, (query, key, value, keys, values, positions, sinks, out))
-    rest = (ctypes.byref(shape), *pointers)
-    attend = native.function("decode_attention", "ii" + "p" * len(rest))
-    if native.run(
-        "decode_attention", lambda: any(native.over_rows(lambda first, last: attend(first, last, *rest), rows))
-    ):
-        raise MemoryError(f"decode_attention: no memory for the scores of {keys.shape[2]} positions")
+    tasks.do(tasks.Task("decode_attention", _Arguments(*sizes, *pointers), rows * kv_heads))
     return out

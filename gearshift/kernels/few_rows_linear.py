@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from gearshift.kernels import native
+from gearshift.kernels.native import tasks
 
 # More rows than this and a product that packs its operands is faster (measured with AVX-512, 192 to 512 features).
 FEW = 32
-# Outputs that a thread takes at a time, and the fewest weights for which a second thread is worth waking.
-BLOCK, WORTH_THREADS = 128, 1 << 20
+# Outputs of the compiled function's tiles, and the fewest weights that a thread takes at a time.
+TILE, GRAIN = 8, 1 << 14
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,27 +29,18 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return _turned(x, weight, bias) if rows > 1 else linear(x, weight, bias)
     out = torch.empty(*x.shape[:-1], weight.shape[0])
     x = x.contiguous()
-    outputs, features = weight.shape
-    pointers = map(native.pointer, (x, weight, bias, out))
-    if native.run("few_rows_linear", functools.partial(_product, rows, features, outputs, *pointers)):
-        raise MemoryError(f"few_rows_linear: no memory for {rows} rows of {features} features")
+    tasks.do(_task(rows, x, weight, bias, out))
     return out
 
 
-def _product(rows: int, features: int, outputs: int, x: Any, weight: Any, bias: Any, out: Any) -> int:
-    """Of what lies at these addresses; of large layers each of torch's threads takes some of the outputs."""
-    product = native.function("few_rows_linear", "iiiipppp")
+_Arguments = tasks.structure("FewRowsLinear", "rows i, features i, outputs i, x p, weight p, bias p, y p")
 
-    def some(first: int, last: int) -> int:
-        low, high = first * BLOCK, min(last * BLOCK, outputs)
-        own_bias = None if bias is None else bias + 4 * low
-        failed: int = product(
-            rows, features, high - low, outputs, x, weight + 4 * low * features, own_bias, out + 4 * low
-        )
-        return failed
 
-    blocks = -(-outputs // BLOCK)
-    return max(native.over_rows(some, blocks) if outputs * features >= WORTH_THREADS else [some(0, blocks)])
+def _task(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tasks.Task:
+    outputs, features = weight.shape
+    arguments = _Arguments(rows, features, outputs, *map(native.pointer, (x, weight, bias, out)))
+    # Layers that read the same (queries, keys, values) need not wait for each other: what each writes is new.
+    return tasks.Task("few_rows_linear", arguments, -(-outputs // TILE), -(-GRAIN // (TILE * features)), x.data_ptr())
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,22 +13,16 @@ from torch import Tensor
 from gearshift.kernels import native
 
 
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """`out` = x · cos + (−second half, first half of x) · sin, the bits of `plain`: x and out `[n, h, D]` fp32, cos and
-    sin `[n, D]`, whose D values lie side by side. The library must be there."""
-    _turn(x[:, :, None], cos[:, None], sin[:, None], out[:, :, None])
-
-
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of every position of queries and keys, to the same bits, differentiable in these: q `[n, h, S, D]`,
-    k `[n, k, S, D]`, cos and sin `[n or 1, S, D]`, fp32. The heads of a position of the results lie side by side in
-    memory. The library must be there."""
+    """x · cos + (−second half, first half of x) · sin of queries and keys, the bits of `plain`, differentiable in
+    these: q `[n, h, S, D]`, k `[n, k, S, D]`, cos and sin `[n or 1, S, D]`, fp32. The heads of a position of the
+    results lie side by side in memory. The library must be there."""
     found: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)
     return found
 
 
 def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate_half` by operations of torch, as `transformers` writes it."""
+    """x `[n, h, D]` turned by cos and sin `[n, D]`, by operations of torch, as `transformers` writes it."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos[:, None] + turned * sin[:, None]

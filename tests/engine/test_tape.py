@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine import Rollouts, Sampling, World
-from gearshift.engine.tape import Done, Tape, _Log, joined
+from gearshift.engine.tape import Tape
 from gearshift.kernels import native
 from tests.engine.test_hybrid import _policy as policy_of
 from tests.engine.test_hybrid import some_prompts
@@ -59,51 +59,6 @@ def test_a_step_that_looks_at_values_is_not_recorded(look: Callable[[Tensor], An
     x = torch.randn(5)
     with pytest.raises(RuntimeError, match="reads a tensor's values"):
         Tape().record(lambda: look(x + 1))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-
-
-def noted(step: Callable[[], Any]) -> list[Done]:
-    log = _Log()
-    with log:
-        step()
-    return log.done
-
-
-@pytest.mark.skipif(native.built() is None, reason="the compiled library is not there")
-def test_rotary_embeddings_are_one_call() -> None:
-    x = torch.randn(4, 1, 3, 16).transpose(1, 2)
-    angle = torch.randn(4, 1, 1, 16)
-    out = torch.empty(4, 3, 1, 16)
-    done = noted(lambda: out.copy_(rotated(x, angle.cos(), angle.sin())))
-    names = [one.name for one in joined(done)]
-    assert names == ["cos", "sin", "rotate_half", "copy_"]
-    x.copy_(torch.randn_like(x))
-    for one in joined(done):
-        one.call()
-    assert torch.equal(out, rotated(x, angle.cos(), angle.sin()))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., 8:]), dim=-1) * s,  # the other halves
-        lambda x, c, s: x * c + torch.cat((x[..., :8], -x[..., 8:]), dim=-1) * s,
-        lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., :8]), dim=-1) * s,
-        lambda x, c, s: (x * c, s + torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * s)[1],  # a sum of other things
-        lambda x, c, s: (a := x * c, torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * s, a + s)[2],
-        lambda x, c, s: x * c + torch.cat((-x[..., 8:], c[..., :8].expand(4, 3, 1, 8)), dim=-1) * s,
-        lambda x, c, s: rotated(x.expand(4, 3, 2, 16), c, s),  # two positions
-        lambda x, c, s: rotated(x.double(), c.double(), s.double()),
-    ],
-)
-def test_what_only_looks_like_one_is_left(other: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    x, angle = torch.randn(4, 3, 1, 16), torch.randn(4, 1, 1, 16)
-    names = [one.name for one in joined(noted(lambda: other(x, angle, angle)))]
-    assert "rotate_half" not in names
 
 
 # --- in generation ---------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ SHAPES = [(1, 1, 1), (1, 5, 9), (7, 300, 8), (16, 256, 50), (17, 257, 7), (32, 5
 @pytest.fixture(params=["one thread", "two threads", "not built"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The compiled function, by one thread and by two; and torch's own, where it is not there."""
-    monkeypatch.setattr(MODULE, "WORTH_THREADS", 1)
-    monkeypatch.setattr(MODULE, "BLOCK", 16)
+    monkeypatch.setattr(MODULE, "GRAIN", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2 if request.param == "two threads" else 1)
     if request.param == "not built":
@@ -73,6 +72,24 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
         whole = few_rows_linear(x, weight, bias)
         for rows in ([0], [31], [3, 5], list(range(17)), list(range(31, -1, -1))):
             assert torch.equal(few_rows_linear(x[rows], weight, bias), whole[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    """Which outputs are of one tile does: none is lost, and each adds its products in one order."""
+    if not MODULE.has_wide_registers():
+        pytest.skip("the compiled function needs AVX-512")
+    before = torch.get_num_threads()
+    try:
+        for rows, features, outputs in ((1, 700, 301), (20, 384, 1000), (32, 8, 9)):
+            x, weight, bias = make(rows, features, outputs)
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(few_rows_linear(x, weight, bias))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
     finally:
         torch.set_num_threads(before)
 

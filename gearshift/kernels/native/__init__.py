@@ -29,7 +29,7 @@ def built() -> ctypes.CDLL | None:
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 
-_KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     library = built()
     assert library is not None
     found = getattr(library, f"gearshift_{name}")
-    found.argtypes = [_KINDS[kind] for kind in arguments]
+    found.argtypes = [KINDS[kind] for kind in arguments]
     return found
 
 
@@ -137,7 +137,7 @@ def spread(name: str, fields: str, rows: int, numbers: int, *values: float | Non
 
 @functools.cache
 def _struct(fields: str) -> type[ctypes.Structure]:
-    named = [(f"_{number}", _KINDS[kind]) for number, kind in enumerate(fields)]
+    named = [(f"_{number}", KINDS[kind]) for number, kind in enumerate(fields)]
     return type("Given", (ctypes.Structure,), {"_fields_": named})
 
 

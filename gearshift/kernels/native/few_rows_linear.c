@@ -3,12 +3,14 @@
  * A vector holds one input feature of LANES rows. A tile of outputs keeps its sums in registers while the features go
  * by: each sum adds its products in one fixed order, so a row's result has the same bits whatever rows stand beside it.
  * That a product and its sum are one operation is written out: compilers choose otherwise from one tile to the next.
- * Called through ctypes (gearshift/kernels/native/__init__.py).
+ * Called through ctypes (gearshift/kernels/native/tasks.py).
  */
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "native.h"
+#include "team.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -16,28 +18,57 @@
 #define WIDE __attribute__((target("avx512f,avx512vl")))
 #define LANES 16  /* rows of a vector */
 #define TILE 8    /* outputs of a tile: for two vectors of rows 16 sums, of the 32 registers that AVX-512 has */
-#define LINE 16   /* features of a cache line: the next tile's are asked for while this one's are multiplied */
+#define LINE 16   /* features of a cache line */
+#define AHEAD 12   /* lines between the one that is asked for and the one that is multiplied */
 #define CHUNK 256 /* features summed at a time: sums of sums lose fewer digits than one long sum */
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
+typedef int32_t places __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. */
+struct few_rows_linear {
+    int64_t rows, features, outputs;
+    const float *x, *weight, *bias;
+    float *y;
+};
+
+/* Sixteen vectors turned in place. Each turn puts the numbers of vectors i and i + 8 next to each other, which moves the
+ * first bit of a number's place (4 bits for its vector, 4 for its lane) to the end: after four, rows are columns. */
+WIDE static inline __attribute__((always_inline)) void turn(lanes *vectors)
+{
+    const places low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    for (int bit = 0; bit < 4; bit++) {
+        lanes before[LANES];
+        memcpy(before, vectors, sizeof before);
+        for (int i = 0; i < LANES / 2; i++) {
+            vectors[2 * i] = __builtin_shuffle(before[i], before[i + LANES / 2], low);
+            vectors[2 * i + 1] = __builtin_shuffle(before[i], before[i + LANES / 2], low + 8);
+        }
+    }
+}
 
 /* [rows, features] -> [blocks][features] vectors, 0 where there is no row. */
 WIDE static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
 {
-    int64_t blocks = (rows + LANES - 1) / LANES;
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t lane = 0; lane < LANES; lane++) {
-            int64_t row = block * LANES + lane;
-            float *out = (float *)(columns + block * features) + lane;
-            for (int64_t k = 0; k < features; k++)
-                out[k * LANES] = row < rows ? x[row * features + k] : 0.0f;
+    for (int64_t first = 0; first < rows; first += LANES, columns += features)
+        for (int64_t k = 0; k < features; k += LANES) {
+            int64_t count = features - k < LANES ? features - k : LANES;
+            lanes vectors[LANES] = {0};
+            for (int64_t lane = 0; lane < LANES && first + lane < rows; lane++)
+                if (count == LANES)
+                    memcpy(&vectors[lane], x + (first + lane) * features + k, sizeof *vectors);
+                else
+                    memcpy(&vectors[lane], x + (first + lane) * features + k, (size_t)count * sizeof *x);
+            turn(vectors);
+            memcpy(columns + k, vectors, (size_t)count * sizeof *vectors);
         }
 }
 
-/* Sums over all features, for `outputs` (at most TILE) and `blocks` (1 or 2) vectors of rows: known where inlined. */
+/* Sums over all features, for `outputs` (at most TILE, `apart` rows of W from each other) and `blocks` (1 or 2) vectors of
+ * rows: known where inlined. */
 WIDE static inline __attribute__((always_inline)) void tile(
-    const float *weight, const float *bias, int outputs, int64_t features, const lanes *columns, int blocks, float *y,
-    int64_t stride, int64_t rows)
+    const float *weight, const float *bias, int outputs, int64_t apart, int64_t features, const lanes *columns,
+    int blocks, float *y, int64_t stride, int64_t rows)
 {
     lanes total[2][TILE] = {0};
     for (int64_t begin = 0; begin < features; begin += CHUNK) {
@@ -46,12 +77,12 @@ WIDE static inline __attribute__((always_inline)) void tile(
         for (int64_t line = begin; line < end; line += LINE) {
             int64_t stop = line + LINE < end ? line + LINE : end;
             for (int o = 0; o < outputs; o++)
-                __builtin_prefetch(weight + (outputs + o) * features + line);
+                __builtin_prefetch(weight + o * apart * features + line + AHEAD * LINE);
             for (int64_t k = line; k < stop; k++)
                 for (int o = 0; o < outputs; o++)
                     for (int b = 0; b < blocks; b++)
                         sums[b][o] = (lanes)_mm512_fmadd_ps(
-                            _mm512_set1_ps(weight[o * features + k]), (__m512)columns[b * features + k],
+                            _mm512_set1_ps(weight[o * apart * features + k]), (__m512)columns[b * features + k],
                             (__m512)sums[b][o]);
         }
         for (int b = 0; b < blocks; b++)
@@ -60,41 +91,49 @@ WIDE static inline __attribute__((always_inline)) void tile(
     }
     for (int64_t row = 0; row < rows; row++)
         for (int o = 0; o < outputs; o++)
-            y[row * stride + o] = total[row / LANES][o][row % LANES] + (bias ? bias[o] : 0.0f);
+            y[row * stride + o * apart] = total[row / LANES][o][row % LANES] + (bias ? bias[o * apart] : 0.0f);
 }
 
-/* All outputs of one or two vectors of rows; `stride`: of y's rows. */
+/* All outputs of one or two vectors of rows; `stride`: of y's rows. The outputs of a tile are as far apart as there are
+ * tiles: from one tile to the next memory is read on in TILE places, which processors foresee. */
 WIDE static inline __attribute__((always_inline)) void outputs_of(
     const float *weight, const float *bias, int64_t outputs, int64_t features, const lanes *columns, int blocks,
     float *y, int64_t stride, int64_t rows)
 {
-    int64_t whole = outputs - outputs % TILE;
-    for (int64_t o = 0; o < whole; o += TILE)
-        tile(weight + o * features, bias ? bias + o : NULL, TILE, features, columns, blocks, y + o, stride, rows);
-    for (int64_t o = whole; o < outputs; o++)
-        tile(weight + o * features, bias ? bias + o : NULL, 1, features, columns, blocks, y + o, stride, rows);
+    int64_t tiles = outputs / TILE;
+    for (int64_t o = 0; o < tiles; o++)
+        tile(weight + o * features, bias ? bias + o : NULL, TILE, tiles, features, columns, blocks, y + o, stride, rows);
+    for (int64_t o = tiles * TILE; o < outputs; o++)
+        tile(weight + o * features, bias ? bias + o : NULL, 1, 1, features, columns, blocks, y + o, stride, rows);
 }
 
-/* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs], whose rows are `stride`
- * apart: the outputs may be some of a layer's. 1: no memory. Not to be called without `gearshift_has_wide_registers`. */
-EXPORT WIDE int gearshift_few_rows_linear(
-    int64_t rows, int64_t features, int64_t outputs, int64_t stride, const float *x, const float *weight,
-    const float *bias, float *y)
+/* Some outputs of one task: all rows of x, whose vectors are `columns`. */
+WIDE static void some_outputs(const struct few_rows_linear *of, const lanes *columns, int64_t first, int64_t last)
 {
-    int64_t blocks = (rows + LANES - 1) / LANES;
-    lanes *columns = aligned_alloc(64, (size_t)(blocks * features) * sizeof(lanes));
+    const float *weight = of->weight + first * of->features, *bias = of->bias ? of->bias + first : NULL;
+    for (int64_t row = 0; row < of->rows; row += 2 * LANES) {
+        const lanes *here = columns + row / LANES * of->features;
+        float *out = of->y + row * of->outputs + first;
+        int64_t left = of->rows - row;
+        if (left > LANES)
+            outputs_of(weight, bias, last - first, of->features, here, 2, out, of->outputs,
+                       left < 2 * LANES ? left : 2 * LANES);
+        else
+            outputs_of(weight, bias, last - first, of->features, here, 1, out, of->outputs, left);
+    }
+}
+
+/* A task whose units are tiles of outputs. Not to be called without `gearshift_has_wide_registers`. */
+EXPORT WIDE int gearshift_few_rows_linear(const void *arguments, struct heap *heap)
+{
+    const struct few_rows_linear *of = arguments;
+    int64_t blocks = (of->rows + LANES - 1) / LANES, first, last;
+    lanes *columns = aligned_alloc(64, (size_t)(blocks * of->features) * sizeof(lanes));
     if (columns == NULL)
         return 1;
-    transpose(x, rows, features, columns);
-    for (int64_t block = 0; block < blocks; block += 2) {
-        const lanes *here = columns + block * features;
-        float *out = y + block * LANES * stride;
-        int64_t left = rows - block * LANES;
-        if (left > LANES)
-            outputs_of(weight, bias, outputs, features, here, 2, out, stride, left < 2 * LANES ? left : 2 * LANES);
-        else
-            outputs_of(weight, bias, outputs, features, here, 1, out, stride, left);
-    }
+    transpose(of->x, of->rows, of->features, columns);
+    while (gearshift_take(heap, &first, &last))
+        some_outputs(of, columns, first * TILE, last * TILE < of->outputs ? last * TILE : of->outputs);
     free(columns);
     return 0;
 }

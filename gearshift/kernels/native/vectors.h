@@ -1,0 +1,58 @@
+/* Vectors of sixteen numbers, in the compilers' own notation: for any processor. */
+#ifndef GEARSHIFT_VECTORS_H
+#define GEARSHIFT_VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline, unused))
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t whole_lanes __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4)));
+
+/* `low` where `where` is true (all bits set), else `high`. */
+INLINE lanes choose(whole_lanes where, lanes low, lanes high)
+{
+    return (lanes)(((whole_lanes)high & ~where) | ((whole_lanes)low & where));
+}
+
+INLINE lanes magnitude(lanes x)
+{
+    return (lanes)((whole_lanes)x & 0x7fffffff);
+}
+
+/* exp of numbers of at most 0, to 2e-7 of the result: 2^n * e^r with |r| <= ln(2) / 2, e^r by its series. Below -87 the
+ * result is that of -87, 2e-38. */
+INLINE lanes exp_of(lanes x)
+{
+    const float rounding = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
+    x = choose(x < -87.0f, (lanes){0} - 87.0f, x);
+    lanes n = (x * 1.44269504f + rounding) - rounding;
+    lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    lanes series = 1.0f / 5040 + (lanes){0};
+    series = series * r + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    whole_lanes power = (__builtin_convertvector(n, whole_lanes) + 127) << 23;
+    return series * (lanes)power;
+}
+
+/* As many numbers as there are, 0 after them. */
+INLINE lanes load(const float *from, int64_t count)
+{
+    lanes vector = {0};
+    memcpy(&vector, from, (size_t)(count < LANES ? count : LANES) * sizeof(float));
+    return vector;
+}
+
+INLINE void store(float *to, lanes vector, int64_t count)
+{
+    memcpy(to, &vector, (size_t)(count < LANES ? count : LANES) * sizeof(float));
+}
+
+#endif
