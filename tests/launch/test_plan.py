@@ -48,8 +48,6 @@ def plan(values: dict[str, Any], *more: str) -> int:
 
 
 def test_it_counts_what_a_rank_holds(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    bucket = 1_000_000
-    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": bucket}}
     assert plan(config, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     policy = found["models"]["policy"]["parameters"]
@@ -59,7 +57,7 @@ def test_it_counts_what_a_rank_holds(config: dict[str, Any], capsys: pytest.Capt
     assert held["weights"] == policy // 2 * 2
     assert held["gradients"] == held["average"] == policy // 2 * 4
     assert held["optimizer"] == 3 * policy // 2 * 4
-    assert held["bucket"] == bucket * 4
+    assert held["bucket"] == policy * 4
     assert found["held"]["reference"] == {**dict.fromkeys(held, 0), "weights": policy, "whole": held["whole"]}
     phases = {phase["name"]: phase["parts"] for phase in found["phases"]}
     positions, rows = 256, 64  # of the cache: whole blocks; all answers of the one group at once
@@ -105,8 +103,20 @@ def test_activations_may_be_computed_again(config: dict[str, Any], capsys: pytes
     assert fields == ["optimizer.gradient_checkpointing"]
 
 
-def test_what_does_not_fit_says_what_to_change(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(config, "--memory-gb", "5") == 1
+def test_what_does_not_fit_says_what_to_change(
+    config: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = {**LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 32_000}
+    for name, head in (("sft", {}), ("reward", {"architectures": ["LlamaForSequenceClassification"]})):
+        shutil.rmtree(name)
+        model_folder(here / name, **large, **head)
+    peaks = []
+    for bucket in (500_000_000, 50_000_000):
+        config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": bucket}}
+        assert plan(config, "--json") == 0
+        peaks.append(max(phase["total"] for phase in json.loads(capsys.readouterr().out)["phases"]))
+    del config["deepspeed"]
+    assert plan(config, "--memory-gb", str(4 + sum(peaks) / 2e9)) == 1
     out = capsys.readouterr().out
     assert out.startswith("DOES NOT FIT")
     assert "  deepspeed.zero_optimization.reduce_bucket_size: 50000000   -> " in out
@@ -116,7 +126,7 @@ def test_no_setting_is_named_that_the_last_one_makes_needless(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To let the rollout weights go would not do, and the optimizer's state on the host does alone."""
-    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1000}}
     config["rollout"] |= {"slots": 1, "max_new_tokens": 2}
     config["ppo"]["micro_batch_size"], config["data"]["max_prompt_tokens"] = 1, 2
     assert plan(config, "--json") == 0
