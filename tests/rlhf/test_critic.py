@@ -35,7 +35,8 @@ def load(world: World, folder: str, training: Training | None = None, micro: int
 
 def critic_and_reward(world: World, folder: str, again: str) -> dict[str, Tensor]:
     """What both say before the first update, what the critic says after one, and what it says once saved and loaded."""
-    reward_model, critic = load(world, folder), load(world, folder, Training(learning_rate=1e-2))
+    # A model that trains takes two of its micro-batches at once where it does not.
+    reward_model, critic = load(world, folder), load(world, folder, Training(learning_rate=1e-2), micro=1)
     mine = rollouts().select(world.share(ROWS))
     tokens, _ = join_responses(mine)
     found = {
