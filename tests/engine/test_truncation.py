@@ -119,7 +119,7 @@ def test_greedy_draws_nothing() -> None:
     plain = sample_tokens(hidden, head, 0.0, some_uniforms(len(hidden)), ALONE)
     cut = sample_tokens(hidden, head, 0.0, some_uniforms(len(hidden)), ALONE, 5, 0.3)
     assert torch.equal(plain[0], cut[0])
-    assert torch.allclose(plain[1], cut[1], rtol=1e-6)
+    assert torch.allclose(plain[1], cut[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_part_of_the_vocabulary_may_have_nothing_to_draw() -> None:
