@@ -43,12 +43,14 @@ class GradientSums:
     @classmethod
     def of(cls, optimizer: Any) -> GradientSums | None:
         """None where DeepSpeed's way is kept: its bucket is too small, the optimizer's state is on the host, or its
-        config has gradients added up in another type than fp32."""
+        config has gradients without a bucket, quantized, or added up in another type than fp32."""
         ranks = dist.get_world_size(optimizer.dp_process_group)
         shard = sum(p.partition_numel() for group in optimizer.fp16_groups for p in group)
         fits = ranks == 1 or ranks * shard <= optimizer.reduce_bucket_size
         types = {optimizer.gradient_accumulation_dtype, *optimizer.ipg_buckets}
-        return cls(optimizer) if fits and types == {torch.float32} and not optimizer.offload_optimizer else None
+        plain = optimizer.contiguous_gradients and optimizer.all2all_process_group is None
+        here = types == {torch.float32} and not optimizer.offload_optimizer
+        return cls(optimizer) if fits and plain and here else None
 
     def _take_buffer(self) -> None:
         """DeepSpeed's bucket, no larger than it need be."""

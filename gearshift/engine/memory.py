@@ -27,12 +27,14 @@ def keep_freed_memory() -> None:
     """On a CPU: what tensors of up to 1 GiB leave is kept for the next ones.
 
     glibc takes blocks of more than 32 MiB, gathered weights and gradients, from the system and gives them back, which
-    then clears each of their pages whenever they are taken again. What `MALLOC_..._THRESHOLD_` says goes first.
+    then clears each of their pages whenever they are taken again. What the environment says of these bounds goes first.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    told = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if mallopt is None or told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    mallopt(_MMAP_THRESHOLD, 1 << 30)
+    if not mallopt(_MMAP_THRESHOLD, 1 << 30):
+        mallopt(_MMAP_THRESHOLD, 1 << 25)  # older versions take no more; the next line alone would leave 128 KiB
     mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 

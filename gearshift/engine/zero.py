@@ -78,12 +78,17 @@ def zero3_config(world: World, dtype: torch.dtype, training: Training | None, ex
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if world.size == 1:
+    if world.size == 1 and not _weights_on_host(extra):
         # A whole weight is the shard itself, and need not come and go: for DeepSpeed all weights are small.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = ALL_WEIGHTS
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
     return _merged(config, extra)
+
+
+def _weights_on_host(extra: dict[str, Any]) -> bool:
+    away = (extra.get("zero_optimization") or {}).get("offload_param") or {}
+    return str(away.get("device", "none")) != "none"
 
 
 def on_host(extra: dict[str, Any] | None) -> dict[str, Any]:

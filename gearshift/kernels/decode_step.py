@@ -40,7 +40,8 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: boo
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + e^−x), to 4e-7 of the result; without gradients. A row's bits do not depend on the rows beside it."""
+    """x / (1 + e^−x), to 4e-7 of the result (0 below −87); without gradients. A row's bits do not depend on the rows
+    beside it."""
     if not serves(x) or x.numel() > FEW * x.shape[-1]:
         return torch_silu(x)
     x = x.contiguous()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gearshift.kernels import native
 
@@ -49,6 +50,7 @@ class _RmsNorm(torch.autograd.Function):
         return _forward(x, weight, eps, offset)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return *_backward(x, weight, gradients[0], *ctx.numbers, *ctx.needs_input_grad[:2]), None, None

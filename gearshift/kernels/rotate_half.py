@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gearshift.kernels import native
 
@@ -35,6 +36,7 @@ class _Rotary(torch.autograd.Function):
         return _turned(q, cos, sin), _turned(k, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return *(_turned(gradient, cos, sin, back=True) for gradient in gradients), None, None

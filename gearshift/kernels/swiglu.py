@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gearshift.kernels import native
 
@@ -36,6 +37,7 @@ class _SwiGlu(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         results = torch.empty_like(gate), torch.empty_like(up)

@@ -26,13 +26,13 @@ class TrainSettings(Section):
     micro_batch_size: int = Field(
         8,
         ge=1,
-        description="Rows (reward: prompts, or pairs) per rank in one forward and backward; changes memory "
-        "alone (and with train.residual_dropout what is dropped)",
+        description="Rows (reward: prompts, or pairs) per rank in one forward and backward (twice as many where "
+        "validating); changes memory alone (and with train.residual_dropout what is dropped)",
     )
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens per rank in one forward, in place of micro_batch_size; null: by rows",
+        description="Tokens per rank in one forward and backward, in place of micro_batch_size; null: by rows",
     )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up (InstructGPT C.1: none)")

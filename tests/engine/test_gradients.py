@@ -13,6 +13,7 @@ from torch import Tensor
 from gearshift.engine import CausalModel, TokenBatch, Training, World
 from gearshift.engine.gradients import squared_norm
 from gearshift.engine.saving import gathered_parameters
+from gearshift.engine.zero import on_host, zero3_config
 from gearshift.kernels import Loss
 from tests.engine.test_zero import ROWS, _gradient, distance, language_loss, token_batch
 from tests.models import save_tiny
@@ -93,6 +94,31 @@ def test_what_a_step_does_not_use_does_not_move(request: pytest.FixtureRequest, 
     heads = request.getfixturevalue(ranks).run(a_head_that_rests, folder)[0]
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[0], heads[2])
+
+
+def test_gradients_without_a_bucket_go_deepspeeds_way(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    extra = {"zero_optimization": {"contiguous_gradients": False}}
+    theirs, ours = (one_rank.run(two_steps, folder, more, torch.float32)[0] for more in (extra, {}))
+    assert (theirs["adds_up"], ours["adds_up"]) == (False, True)
+    assert distance(ours["weights"], theirs["weights"]) <= 2e-6
+
+
+def weights_that_stay(world: World, folder: str, extra: dict[str, Any]) -> set[bool]:
+    """Whether those of matrices do, once they are gathered."""
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=8, training=None, deepspeed_extra=extra
+    )
+    return {bool(p.ds_persist) for p in model.module.parameters() if p.ds_numel > 100}
+
+
+def test_on_one_rank_weights_stay_unless_the_host_has_them(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert one_rank.run(weights_that_stay, folder, {})[0] == {True}
+    small = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}
+    assert one_rank.run(weights_that_stay, folder, small)[0] == {False}
+    config = zero3_config(World(0, 1, 0, 1, torch.device("cpu")), torch.float32, None, on_host({}))
+    assert "stage3_param_persistence_threshold" not in config["zero_optimization"]
 
 
 def shared_memory(world: World, folder: str, dtype: torch.dtype) -> tuple[bool, int]:

@@ -81,10 +81,10 @@ struct pointwise {
 POINTWISE(sum, a[i] + b[i])
 POINTWISE(product, a[i] * b[i])
 
-/* x / (1 + e^-x), and 0 or x far from 0, where e^x or e^-x is nothing beside 1. */
+/* x / (1 + e^-x), and 0 or x far from 0, where e^x or e^-x is nothing beside 1; of -inf NaN, as torch gives it. */
 INLINE lanes silu(lanes x)
 {
-    lanes small = exp_of(-magnitude(x));
+    lanes small = choose(magnitude(x) > 87.0f, (lanes){0}, exp_of(-magnitude(x)));
     return x * choose(x < 0.0f, small, 1.0f + (lanes){0}) / (1.0f + small);
 }
 
