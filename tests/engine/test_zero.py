@@ -109,6 +109,37 @@ def test_ranks_with_unequal_rows(one_rank: WorkerGroup, two_ranks: WorkerGroup, 
     assert distance(found["gradients"], reference["gradients"]) <= 1e-5
 
 
+def passes_of(world: World, folder: str, tokens: int | None) -> tuple[list[int], list[int]]:
+    """Rows of each forward that a backward follows, and of each one alone; 8 rows of this rank."""
+    training = Training(learning_rate=0.1)
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=2, micro_batch_tokens=tokens, training=training
+    )
+    batch, trained, alone = token_batch().select(world.share(ROWS)), list[int](), list[int]()
+
+    def loss(model: CausalModel, micro: TokenBatch, count: torch.Tensor) -> Loss:
+        trained.append(len(micro))
+        return language_loss(model, micro, count)
+
+    def seen(micro: TokenBatch) -> torch.Tensor:
+        alone.append(len(micro))
+        return model.forward(micro.tokens, micro.targets)[0]
+
+    model.accumulate(loss, batch)
+    model.map(seen, batch)
+    return trained, alone
+
+
+@pytest.mark.parametrize("tokens", [None, 2 * LENGTH])
+def test_a_forward_alone_takes_two_micro_batches(two_ranks: WorkerGroup, tmp_path: Path, tokens: int | None) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    for trained, alone in two_ranks.run(passes_of, folder, tokens):
+        assert sum(trained) == sum(alone) == 8
+        assert len(alone) < len(trained)
+        if tokens is None:
+            assert (len(alone), len(trained)) == (2, 4)
+
+
 def repeated(batch: Any, times: int) -> Any:
     return type(batch)(**{n: torch.cat([t] * times) for n, t in vars(batch).items()})
 

@@ -7,18 +7,10 @@
 #include "team.h"
 #include "vectors.h"
 
+#include "apart.h"
+
 /* Numbers of a unit of the tasks that go number by number. */
 #define UNIT 256
-
-/* Products and their sum are rounded one by one, as operations on whole tensors round them. */
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#define APART
-#elif defined(__GNUC__)
-#define APART __attribute__((optimize("fp-contract=off")))
-#else
-#define APART
-#endif
 
 struct rms_norm;
 void gearshift_rms_norm(int64_t first, int64_t last, const struct rms_norm *given);

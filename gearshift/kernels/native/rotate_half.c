@@ -6,14 +6,7 @@
 
 #include "native.h"
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#define APART
-#elif defined(__GNUC__)
-#define APART __attribute__((optimize("fp-contract=off")))
-#else
-#define APART
-#endif
+#include "apart.h"
 
 /* x is turned by the angles into y, or y's gradient, as x, back into that of x. A head is the halves of `size` values,
  * which lie side by side; positions are counted over all rows of `length`. The rest are strides. */
