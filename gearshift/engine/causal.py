@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearshift.engine.adapters import adapters_off
 from gearshift.engine.batches import Rollouts, response_targets
@@ -129,8 +130,6 @@ class CausalModel(ZeroModel):
         this model's own. A reference that serves here must not be asked for `logprobs` in between: DeepSpeed would take
         its backbone's forward for the start of that, and fetch the head by itself.
         """
-        import deepspeed
-
         head = lm_head_of(reference.module)
         both_pack = self.packs and reference.packs
 
@@ -140,7 +139,7 @@ class CausalModel(ZeroModel):
             tokens, targets = rows.join(tokens), rows.join(targets)
             with rows.apart():
                 hidden = reference.hidden_states(tokens, rows.positions)
-            with deepspeed.zero.GatheredParameters(list(head.parameters())), rows.apart():
+            with reference.weights_of(head), rows.apart():
                 held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
                 found = self.engine(
                     tokens,
@@ -153,7 +152,8 @@ class CausalModel(ZeroModel):
             return torch.stack([values.gather(1, positions) * micro.mask for values in spread], dim=-1)
 
         count_pass(reference.module, rollouts)
-        logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
+        with reference.placed():
+            logprobs, ref_logprobs, kl = self.map(compare, rollouts).unbind(-1)
         return logprobs, ref_logprobs, kl
 
 
@@ -172,6 +172,14 @@ class WithoutAdapters:
     def packs(self) -> bool:
         """As `CausalModel.packs`."""
         return self._model.packs
+
+    def placed(self) -> AbstractContextManager[None]:
+        """As `CausalModel.placed`."""
+        return self._model.placed()
+
+    def weights_of(self, module: nn.Module) -> AbstractContextManager[None]:
+        """As `CausalModel.weights_of`."""
+        return self._model.weights_of(module)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """As `CausalModel.hidden_states`, without gradients."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from gearshift.engine.linears import bind_linears
 from gearshift.engine.packing import Packed, Padded, keeps_apart
 from gearshift.engine.saving import save_pretrained
 from gearshift.engine.spans import span
+from gearshift.engine.whole import WholeWeights
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
 from gearshift.kernels import Loss
 
@@ -178,6 +179,7 @@ class ZeroModel:
             lr_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule)) if schedule else None,
             config=zero3_config(world, self.dtype, training, deepspeed_extra or {}),
         )[0]
+        self._whole = WholeWeights.of(self.engine)
         self._sums: GradientSums | None = None
         if training:
             # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.
@@ -219,6 +221,24 @@ class ZeroModel:
         """tokens [B, S] -> last hidden states [B, S, H], or what else tells at every position what it has seen."""
         raise NotImplementedError(f"{type(self).__name__} does not tell its hidden states")
 
+    def placed(self) -> AbstractContextManager[None]:
+        """For several forwards and backwards: where the weights come and go in one piece, they are gathered once."""
+        return nullcontext() if self._whole is None else self._whole.placed()
+
+    def weights_of(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Those of one of its modules, to be read. Collective."""
+        import deepspeed
+
+        if self._whole is not None:
+            return self._whole.placed()
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(part.parameters()))
+        return gathered
+
+    def _release(self) -> None:
+        """Shards are about to change: no weight may stay as it was."""
+        if self._whole is not None:
+            self._whole.leave()
+
     @property
     def packs(self) -> bool:
         """Whether sequences can share a row, so that no forward computes padding. The first time collective."""
@@ -226,7 +246,8 @@ class ZeroModel:
 
     @cached_property
     def _keeps_apart(self) -> bool:
-        return keeps_apart(self.module, self.world, self.hidden_states)
+        with self.placed():
+            return keeps_apart(self.module, self.world, self.hidden_states)
 
     def rows(self, lengths: Tensor | None, width: int) -> Packed | Padded:
         """How a forward takes rows [B, S] that are `width` wide, of which `lengths [B]` tokens are real."""
@@ -246,7 +267,7 @@ class ZeroModel:
         seen: list[tuple[Tensor, Rows]] = []
         micro_batches = self._micro_batches(batch)
         averaged_over = self.world.size if self._sums is None else 1  # DeepSpeed's reduction is a mean over ranks
-        with self.dropout.on(self.steps) if self.dropout else nullcontext():
+        with self.placed(), self.dropout.on(self.steps) if self.dropout else nullcontext():
             for _, micro, real in micro_batches:
                 result = loss(self, micro, count.clamp(min=1.0).float())
                 seen.append((result.loss.detach(), micro))
@@ -272,10 +293,11 @@ class ZeroModel:
         count = self.world.sum(batch.loss_count.detach().to(self.world.device, torch.float64))
         count_pass(self.module, batch)
         sums: dict[str, Tensor] = {}
-        for _, micro, real in self._micro_batches(batch, self._alone):
-            result = loss(self, micro, count.clamp(min=1.0).float())
-            for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0) + value.double() * real
+        with self.placed():
+            for _, micro, real in self._micro_batches(batch, self._alone):
+                result = loss(self, micro, count.clamp(min=1.0).float())
+                for name, value in {"loss": result.loss, **result.metrics}.items():
+                    sums[name] = sums.get(name, 0) + value.double() * real
         return self._summed(sums)
 
     @span("optimizer step")
@@ -286,6 +308,7 @@ class ZeroModel:
         if self._averaging:
             raise RuntimeError("the weights are their moving average: leave `averaged` before a step")
         count_step(self)
+        self._release()
         if self._sums is not None:
             self._sums.finish()
         self.engine.step()
@@ -316,7 +339,8 @@ class ZeroModel:
         """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective."""
         count_pass(self.module, batch)
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
-        results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch, self._alone)]
+        with self.placed():
+            results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch, self._alone)]
         parts = [result for _, result, real in results if real]
         if not parts:
             return torch.empty(0, device=self.world.device)
@@ -338,6 +362,7 @@ class ZeroModel:
 
     def load_shards(self, shards: Shards, name: str) -> None:
         """What `save_shards` wrote, into a model as it was built. Collective."""
+        self._release()
         with shards.serving(self.engine):
             path, state = self.engine.load_checkpoint(str(shards.root), name)
         if path is None:
