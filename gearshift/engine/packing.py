@@ -2,10 +2,11 @@
 
 Letters: B rows, S width, N tokens of all sequences, M tokens of the longest, D head size.
 
-`transformers` packs by a mask of [N, N], of which attention then computes every element. Here its SDPA attention is
-given one sequence after another instead (those of equal length together), or all of them through torch's
-variable-length flash attention on a GPU. What a model's masks say beside that (sliding windows, chunks) is asked of
-them for the longest sequence, which stands first in the row; every other sequence sees a part of it.
+`transformers` packs by a mask of [N, N], of which attention then computes every element. Here all sequences go to the
+compiled `kernels.causal_attention`, or on a GPU to torch's variable-length flash attention; where neither serves, its
+SDPA attention is given one after another (those of equal length together). What a model's masks say beside that
+(sliding windows, chunks) is asked of them for the longest sequence, which stands first in the row; every other sequence
+sees a part of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.distributed import World
+from gearshift.kernels.causal_attention import causal_attention, serves
 
 # (tokens [1, N], positions [1, N] or None) -> [1, N, ...]
 Run = Callable[[Tensor, Tensor | None], Tensor]
@@ -167,6 +169,9 @@ def _attention(
     sequences.crossed |= more.get("position_bias") is not None
     if visible is None and _has_flash(query, key, value, more):
         return _flash(query, key, value, sequences, more), None
+    if visible is None and _has_kernel(query, key, value, sequences, more):
+        q, k, v = map(_tokens_first, (query, key, value))
+        return causal_attention(q, k, v, sequences.lengths, more["scaling"])[None], None
     parts, runs = [], list(sequences.runs())
     split = [_split(states, [count * length for count, length in runs]) for states in (query, key, value)]
     for (count, length), *own in zip(runs, *split, strict=True):
@@ -177,10 +182,16 @@ def _attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
 
 
+def _tokens_first(states: Tensor) -> Tensor:
+    """[1, heads, N, D] as [N, heads, D], as a projection has it in memory. Not by an index, whose backward fills a
+    tensor of zeros."""
+    return states.squeeze(0).transpose(0, 1)
+
+
 def _split(states: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """[1, heads, N, D] as parts [n, heads, D], as a projection has them in memory. Not by indices or slices, whose
-    backward fills a tensor as large as the whole; that of this is one concatenation, or nothing for a single part."""
-    whole = states.squeeze(0).transpose(0, 1)
+    """[1, heads, N, D] as parts [n, heads, D]. Not by slices, whose backward fills a tensor as large as the whole; that
+    of this is one concatenation, or nothing for a single part."""
+    whole = _tokens_first(states)
     return whole.split(sizes) if len(sizes) > 1 else (whole,)
 
 
@@ -191,11 +202,22 @@ def _has_flash(query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any])
     return half and alike and not asked.get("dropout")
 
 
+# Longer sequences are torch's: its products are larger than a head of ours, and faster.
+_LONGEST = 1024
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, asked: dict[str, Any]) -> bool:
+    """Whether the compiled attention serves: it takes all sequences at once, head by head."""
+    busy = len(sequences.lengths) * key.shape[1] >= torch.get_num_threads()
+    plain = asked.get("scaling") is not None and not asked.get("dropout")
+    return sequences.lengths[0] <= _LONGEST and busy and plain and serves(*map(_tokens_first, (query, key, value)))
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, asked: dict[str, Any]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = sequences.offsets(query.device), sequences.lengths[0]
-    states: Any = [part[0].transpose(0, 1) for part in (query, key, value)]
+    states: Any = [_tokens_first(part) for part in (query, key, value)]
     # Since 2.12 it must be told that several query heads share one of the keys; before, it sees it.
     grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     attend: Any = varlen_attn

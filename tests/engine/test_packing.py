@@ -11,6 +11,7 @@ import torch
 
 from gearshift.engine import CausalModel, RewardModel, TokenBatch, Training, World
 from gearshift.engine.packing import Packed
+from gearshift.kernels import native
 from gearshift.rlhf.language import language_loss
 from tests.models import SIZES, save_tiny
 from tests.rlhf.test_reward import distance
@@ -46,30 +47,39 @@ def test_what_is_joined_comes_back_to_its_place() -> None:
     assert torch.equal(pairs[..., 1], -torch.where(real, tokens, 0))
 
 
-def families(world: World, folders: dict[str, str]) -> dict[str, tuple[bool, float, float]]:
-    """Whether each packs; its log-probs packed against one row at a time; those crossed, by how much they differ."""
+# Its attention is the compiled one; other heads here are smaller than that takes.
+LARGE_HEADS = {"head_dim": 16}
+
+
+def families(world: World, folders: dict[str, str]) -> dict[str, tuple[bool, bool, float, float]]:
+    """Whether each packs, and with the compiled attention; its log-probs packed against one row at a time; those
+    crossed, by how much they differ."""
     found = {}
     tokens, targets, lengths = batch(LENGTHS)
     for name, folder in folders.items():
         model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1)
+        packs, calls = model.packs, list[str]()  # whether it packs is found out by forwards of its own
         with torch.no_grad():
-            packed, _ = model.forward(tokens, targets, lengths=lengths)
+            with native.noted(lambda name, call, calls=calls: calls.append(name)):
+                packed, _ = model.forward(tokens, targets, lengths=lengths)
             rows = zip(tokens, targets, LENGTHS, strict=True)
             alone = [model.forward(row[None, :n], goal[None, :n])[0][0] for row, goal, n in rows]
             joined = Packed(lengths, tokens.shape[1])
             crossed = model.engine(joined.join(tokens), targets=joined.join(targets))[0]
         gaps = [float((row[: len(own)] - own).abs().max()) for row, own in zip(packed, alone, strict=True)]
         far = float((joined.spread(crossed) - packed).abs().max())
-        found[name] = (model.packs, max(gaps), far)
+        found[name] = (packs, "causal_attention" in calls, max(gaps), far)
     return found
 
 
 def test_packed_rows_give_what_each_gives_alone(one_rank: WorkerGroup, tmp_path: Path) -> None:
     """Windows shorter than the sequences, rotary and learned positions, experts. Every family: test_families.py."""
     folders = {name: str(save_tiny(name, tmp_path / name)) for name in SOME}
+    folders["large heads"] = str(save_tiny("llama", tmp_path / "large", **LARGE_HEADS))
     found = one_rank.run(families, folders)[0]
-    assert {name for name, (packs, _, _) in found.items() if not packs} == PADDED
-    for name, (_, gap, far) in found.items():
+    assert {name for name, (packs, *_) in found.items() if not packs} == PADDED
+    assert {name for name, (_, compiled, *_) in found.items() if compiled} == {"large heads"}
+    for name, (_, _, gap, far) in found.items():
         assert gap <= 2e-5, name
         assert far > 1e-2, f"{name}: what is compared does not depend on the other sequences"
 
@@ -88,11 +98,12 @@ def loss_and_gradient(
     return float(sums["loss"]), gradients, model.packs
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "large heads", "gpt2", "gemma3_text", "gpt_oss"])
 def test_the_loss_and_gradient_are_those_of_each_alone(two_ranks: WorkerGroup, tmp_path: Path, family: str) -> None:
     """Rotary positions, learned ones, a window shorter than the sequences, and one that is padded; activations kept,
     and computed again in the backward pass."""
-    folder = str(save_tiny(family, tmp_path / family))
+    own = ("llama", LARGE_HEADS) if family == "large heads" else (family, {})
+    folder = str(save_tiny(own[0], tmp_path / own[0], **own[1]))
     loss, gradients, _ = two_ranks.run(loss_and_gradient, folder, 1)[0]  # one row at a time: nothing is beside it
     for again in (False, True):
         together, found, packs = two_ranks.run(loss_and_gradient, folder, 4, again)[0]
