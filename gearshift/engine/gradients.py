@@ -2,20 +2,26 @@
 
 DeepSpeed reduces after every micro-batch: each gradient goes into a bucket, from there into one in the order of ranks,
 through a reduction, and into the rank's shard, by a copy each. Here it is added where it is reduced from, once for each
-micro-batch, and a reduction follows the last one. That takes room for a whole gradient, which DeepSpeed's bucket has
-where `reduce_bucket_size` allows it; larger models keep to DeepSpeed's way. On one rank the shard is the whole
-gradient, and nothing is reduced.
+micro-batch (or written there, where the product that it is can be), and a reduction follows the last one. That takes
+room for a whole gradient, which DeepSpeed's bucket has where `reduce_bucket_size` allows it; larger models keep to
+DeepSpeed's way. On one rank the shard is the whole gradient, and nothing is reduced.
+
+Their memory is there from the first one to the step, and between free for rollouts and other models' gradients.
 
 Letters: N ranks, P parameters of a rank's shard, every tensor's part rounded up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gearshift.engine.memory import Scratch
+from gearshift.kernels.weight_sums import keep_sum
 
 
 class GradientSums:
@@ -35,7 +41,16 @@ class GradientSums:
             self._length += parameter.partition_numel()
         self._seen: set[int] = set()  # parameters that have had a gradient since the last reduction (one rank: step)
         self._reduced = False  # since the last step
-        self._take_buffer()
+        optimizer.ipg_buckets[torch.float32].buffer = self._shard().new_empty(0)  # DeepSpeed's, for the same
+        sums = self._shard() if self._ranks == 1 else self._shard().new_empty(self._ranks * self._length)
+        self._sums = sums.view(
+            self._ranks, self._length
+        )  # this rank's gradients, row by row in the shards of all ranks
+        self._memory = [Scratch(t) for t in {id(t): t for t in (self._shard(), sums)}.values()]
+        for parameter in self._parameters:
+            if (own := _Sum.of(self, parameter)) is not None:
+                keep_sum(parameter, own)
+        self.release()
         optimizer.reduce_ready_partitions_and_remove_grads = self._add
         optimizer._prepare_fp32_grad_for_sub_group = self._hand_over
         optimizer._get_norm_groups = self._norms
@@ -52,16 +67,39 @@ class GradientSums:
         here = types == {torch.float32} and not optimizer.offload_optimizer
         return cls(optimizer) if fits and plain and here else None
 
-    def _take_buffer(self) -> None:
-        """DeepSpeed's bucket, no larger than it need be."""
-        bucket = self._optimizer.ipg_buckets[torch.float32]
-        # Zeros, once: what rounding up leaves between the parts is never written.
-        bucket.buffer = bucket.buffer.new_zeros(self._ranks * self._length if self._ranks > 1 else 0)
+    def begin(self) -> Tensor:
+        """[N, P]: the sums, of which those of parameters that are not `seen` hold anything."""
+        if self._memory[-1].take():
+            self._clear_gaps()
+        return self._sums
 
-    def _whole(self) -> Tensor:
-        """[N, P]: this rank's gradients, row by row in the shards of all ranks."""
-        buffer: Tensor = self._optimizer.ipg_buckets[torch.float32].buffer
-        return buffer.view(self._ranks, self._length)
+    def release(self) -> None:
+        """A step was taken: its gradients are gone."""
+        for memory in self._memory:
+            memory.release()
+
+    def seen(self, parameter: Any) -> bool:
+        """Whether it has had a gradient that others join."""
+        return parameter.ds_id in self._seen
+
+    def see(self, parameter: Any) -> None:
+        self._seen.add(parameter.ds_id)
+
+    def parts(self, parameter: Any) -> Iterator[Tensor]:
+        """Those of its gradient, in the order of ranks, without what rounding up leaves; there after `begin`."""
+        part, start = parameter.partition_numel(), self._starts[parameter.ds_id]
+        for rank in range(-(-parameter.ds_numel // part)):
+            length = min(part, parameter.ds_numel - rank * part)
+            yield self._sums[rank, start : start + length]
+
+    def _clear_gaps(self) -> None:
+        """What rounding up leaves, which nobody writes."""
+        for parameter in self._parameters:
+            part, start = parameter.partition_numel(), self._starts[parameter.ds_id]
+            even, rest = divmod(parameter.ds_numel, part)
+            if even < self._ranks:
+                self._sums[even, start + rest : start + part] = 0
+                self._sums[even + 1 :, start : start + part] = 0
 
     def _shard(self) -> Tensor:
         shard: Tensor = self._optimizer.grad_partitions_flat_buffer
@@ -69,35 +107,28 @@ class GradientSums:
 
     @torch.no_grad()
     def _add(self, parameter: Any) -> None:
-        """A parameter's gradient is there, from one micro-batch."""
-        if not getattr(parameter, "ds_grad_is_ready", True):
-            return
+        """A parameter's gradient is there, from one micro-batch, if it has not joined already."""
         gradient = parameter.grad
-        assert gradient is not None
-        target = self._shard()[None] if self._ranks == 1 else self._whole()
-        self._put(target, parameter, gradient.reshape(-1))
-        self._seen.add(parameter.ds_id)
+        if gradient is None or not getattr(parameter, "ds_grad_is_ready", True):
+            return
+        self.begin()
+        parts = list(self.parts(parameter))
+        put = Tensor.add_ if self.seen(parameter) else Tensor.copy_
+        for part, own in zip(parts, gradient.reshape(-1).split(len(parts[0])), strict=True):
+            put(part, own)
+        self.see(parameter)
         parameter.grad = None
-
-    def _put(self, target: Tensor, parameter: Any, gradient: Tensor) -> None:
-        """target `[N, P]`, gradient flat: its parts into the rows, or added to what is there."""
-        part, start = parameter.partition_numel(), self._starts[parameter.ds_id]
-        put = Tensor.add_ if parameter.ds_id in self._seen else Tensor.copy_
-        even = len(gradient) // part  # ranks that have a whole part
-        if even:
-            put(target[:even, start : start + part], gradient[: even * part].view(even, part))
-        if rest := len(gradient) - even * part:
-            put(target[even, start : start + rest], gradient[even * part :])
 
     @torch.no_grad()
     def reduce(self) -> None:
         """The last micro-batch of a loss is through: its gradients join the step's. Collective."""
         if self._ranks == 1:
             return
-        whole = self._whole()
-        self._clear_unseen(whole)
+        self._clear_unseen()
+        self._memory[0].take()
         own = torch.empty_like(self._shard()) if self._reduced else self._shard()
-        dist.reduce_scatter_tensor(own, whole.view(-1), group=self._group)
+        dist.reduce_scatter_tensor(own, self._sums.view(-1), group=self._group)
+        self._memory[-1].release()
         if self._reduced:
             self._shard().add_(own)
         self._seen, self._reduced = set(), True
@@ -106,14 +137,17 @@ class GradientSums:
     def finish(self) -> None:
         """A step comes next: parameters that no micro-batch has used have no gradient in it."""
         if self._ranks == 1:
-            self._clear_unseen(self._shard()[None])
+            self._clear_unseen()
+        elif self._memory[0].take():  # no loss came
+            self._shard().zero_()
         self._seen, self._reduced = set(), False
 
-    def _clear_unseen(self, target: Tensor) -> None:
+    def _clear_unseen(self) -> None:
+        self.begin()
         for parameter in self._parameters:
-            if parameter.ds_id not in self._seen:
-                start = self._starts[parameter.ds_id]
-                target[:, start : start + parameter.partition_numel()].zero_()
+            if not self.seen(parameter):
+                for part in self.parts(parameter):
+                    part.zero_()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -137,6 +171,67 @@ class GradientSums:
         dist.all_reduce(squares, group=self._group)
         norms = squares.sqrt()
         return list(torch.where(norms.isfinite(), norms, -1.0))
+
+
+# Rows of a product that a rank's part of a weight must have to be worth one of its own.
+_FEWEST_ROWS = 64
+
+
+class _Sum:
+    """The part of a weight [O, I]: see `kernels.weight_sums`."""
+
+    def __init__(self, sums: GradientSums, parameter: Any):
+        self._sums, self._parameter = sums, parameter
+        self._pieces: list[tuple[int, Tensor]] = []  # whole rows of the gradient, and which of them is the first
+        self._edges: list[tuple[int, int, Tensor]] = []  # parts of a row that is cut: its number, the first column
+        columns, at = parameter.ds_shape[1], 0
+        for part in sums.parts(parameter):
+            before = min(-at % columns, len(part))  # the rest of a row
+            after = (len(part) - before) % columns
+            rows = part[before : len(part) - after].view(-1, columns)
+            if before:
+                self._edges.append((at // columns, at % columns, part[:before]))
+            self._pieces.append(((at + before) // columns, rows))
+            at += len(part)
+            if after:
+                self._edges.append((at // columns, 0, part[len(part) - after :]))
+
+    @classmethod
+    def of(cls, sums: GradientSums, parameter: Any) -> _Sum | None:
+        """None for what is no matrix, of another type, or cut into parts of few rows."""
+        if len(parameter.ds_shape) != 2 or parameter.dtype != torch.float32:
+            return None
+        part, columns = parameter.partition_numel(), parameter.ds_shape[1]
+        return cls(sums, parameter) if part >= min(parameter.ds_numel, _FEWEST_ROWS * columns) else None
+
+    @torch.no_grad()
+    def add_product(self, first: int, left: Tensor, right: Tensor) -> None:
+        self._sums.begin()
+        end, joins = first + left.shape[1], self._sums.seen(self._parameter)
+        for start, piece in self._pieces:
+            low, high = max(first, start), min(end, start + len(piece))
+            if low < high:
+                rows, factor = piece[low - start : high - start], left[:, low - first : high - first].t()
+                rows.addmm_(factor, right) if joins else torch.mm(factor, right, out=rows)
+        for row, column, edge in self._edges:
+            if first <= row < end:
+                found = left[:, row - first] @ right[:, column : column + len(edge)]
+                edge.add_(found) if joins else edge.copy_(found)
+
+    @torch.no_grad()
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        self._sums.begin()
+        if not self._sums.seen(self._parameter):
+            for part in self._sums.parts(self._parameter):
+                part.zero_()
+        for start, piece in self._pieces:
+            here = (rows >= start) & (rows < start + len(piece))
+            piece.index_add_(0, rows[here] - start, values[here])
+        for row, column, edge in self._edges:
+            edge.add_(values[rows == row, column : column + len(edge)].sum(0))
+
+    def done(self) -> None:
+        self._sums.see(self._parameter)
 
 
 def squared_norm(x: Tensor) -> Tensor:

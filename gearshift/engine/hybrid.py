@@ -1,10 +1,15 @@
-"""The hybrid engine: one policy, two gears. ZeRO-3 for training, tensor parallel for rollouts."""
+"""The hybrid engine: one policy, two gears. ZeRO-3 for training, tensor parallel for rollouts.
+
+On one rank both gears read the same weights, and nothing shifts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
+
+from torch import Tensor
 
 from gearshift.engine.causal import CausalModel
 from gearshift.engine.counting import count_shift
@@ -17,7 +22,7 @@ from gearshift.engine.offload import OptimizerState
 from gearshift.engine.replica import Replica
 from gearshift.engine.reshard import ReshardPlan
 from gearshift.engine.settings import check_shift
-from gearshift.engine.sharded import check_shards, held_names, zero_shards
+from gearshift.engine.sharded import check_shards, held_names, weights_in_place, zero_shards
 from gearshift.engine.shift import Shift
 from gearshift.engine.spans import span
 
@@ -66,9 +71,15 @@ class HybridEngine(CausalModel):
         average = self.average.shards if self.average is not None else []
         aside = offload_optimizer and self.training is not None
         self._optimizer_state = OptimizerState(self.engine.optimizer, self.world.device, average) if aside else None
-        self._replica: Replica | None = None
-        self._shift: Shift | None = None
-        self._memory: Releasable | None = None
+        self._gear_of: _Gear | None = None
+
+    @property
+    def _replica(self) -> Replica | None:
+        return None if self._gear_of is None else self._gear_of.replica
+
+    @property
+    def _shift(self) -> Shift | None:
+        return None if self._gear_of is None else self._gear_of.shift
 
     @classmethod
     def load(
@@ -118,47 +129,71 @@ class HybridEngine(CausalModel):
     @contextmanager
     def _newest_weights(self) -> Iterator[Replica]:
         """The replica with the weights that are in place now; moves nothing when it has them already."""
-        replica, shift, memory = self._gear()
+        gear = self._gear()
         try:
-            self._bring(replica, shift, memory)
-            yield replica
+            self._bring(gear)
+            yield gear.replica
         finally:
             if not self.keep_weights:
-                replica.stamp = None
-                memory.release()
-                shift.buffers.release()
+                gear.release()
 
     @span("shift")
-    def _bring(self, replica: Replica, shift: Shift, memory: Releasable) -> None:
+    def _bring(self, gear: _Gear) -> None:
         self.shift_seconds = self.allocation_seconds = 0.0
         self.shift_bytes = self.shift_bytes_between_hosts = 0
-        if replica.stamp == self.stamp:
-            return
-        start = now(self.world.device)
-        memory.restore()
-        shift.buffers.restore()
-        allocated = now(self.world.device)
-        replica.stamp = None  # what a shift that fails leaves behind is of no step
-        moved = shift.run(zero_shards(self.module))
-        count_shift(replica)
-        self.allocation_seconds, self.shift_seconds = allocated - start, now(self.world.device) - allocated
-        self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
-        replica.stamp = self.stamp
+        if gear.shift is not None and gear.replica.stamp != self.stamp:
+            start = now(self.world.device)
+            gear.restore()
+            allocated = now(self.world.device)
+            gear.replica.stamp = None  # what a shift that fails leaves behind is of no step
+            moved = gear.shift.run(zero_shards(self.module))
+            count_shift(gear.replica)
+            self.allocation_seconds, self.shift_seconds = allocated - start, now(self.world.device) - allocated
+            self.shift_bytes, self.shift_bytes_between_hosts = moved.received, moved.between_hosts
+        gear.replica.stamp = self.stamp
 
-    def _gear(self) -> tuple[Replica, Shift, Releasable]:
-        """What the first rollout builds, and all others use."""
-        if self._replica is None or self._shift is None or self._memory is None:
-            if self._record_steps and self._recorder is None:
-                self._recorder = recorder_of(self.group, self.dtype, self.world.device)
-            self._replica = Replica(self.config, self.group, self.dtype, self.world.device, self._recorder, self._flash)
-            self._replica.take_buffers(self.module)
-            plan = ReshardPlan.build(
-                self._replica.shapes,
-                self._replica.layout.splits,
-                self.group.placement,
-                max(1, self.bucket_bytes // self.dtype.itemsize),
-                held_names(self.module),
-            )
-            self._shift = Shift(plan, self.world, self._replica.slices)
-            self._memory = Releasable(self._replica.slices.values())
-        return self._replica, self._shift, self._memory
+    def _gear(self) -> _Gear:
+        """What the first rollout builds, and all others use, unless weights that are read in place have moved."""
+        weights = weights_in_place(self.module, self.world.device) if self.world.size == 1 else None
+        places = None if weights is None else {name: t.data_ptr() for name, t in weights.items()}
+        if self._gear_of is None or self._gear_of.places != places:
+            self._gear_of = self._new_gear(weights, places)
+        return self._gear_of
+
+    def _new_gear(self, weights: dict[str, Tensor] | None, places: dict[str, int] | None) -> _Gear:
+        if self._record_steps and self._recorder is None:
+            self._recorder = recorder_of(self.group, self.dtype, self.world.device)
+        device = self.world.device
+        replica = Replica(self.config, self.group, self.dtype, device, self._recorder, self._flash, weights)
+        replica.take_buffers(self.module)
+        if weights is not None:
+            return _Gear(replica, None, places)
+        plan = ReshardPlan.build(
+            replica.shapes,
+            replica.layout.splits,
+            self.group.placement,
+            max(1, self.bucket_bytes // self.dtype.itemsize),
+            held_names(self.module),
+        )
+        return _Gear(replica, Shift(plan, self.world, replica.slices), None)
+
+
+class _Gear:
+    """The rollout model and what brings its weights; `shift` None: it reads ZeRO-3's own, at `places`."""
+
+    def __init__(self, replica: Replica, shift: Shift | None, places: dict[str, int] | None):
+        self.replica, self.shift, self.places = replica, shift, places
+        self._memory = None if shift is None else Releasable(replica.slices.values())
+
+    def restore(self) -> None:
+        """Memory for weights that come, and for the way."""
+        if self.shift is not None and self._memory is not None:
+            self._memory.restore()
+            self.shift.buffers.restore()
+
+    def release(self) -> None:
+        """The memory of weights that are a copy, and what they came by."""
+        self.replica.stamp = None
+        if self.shift is not None and self._memory is not None:
+            self._memory.release()
+            self.shift.buffers.release()

@@ -38,6 +38,57 @@ def keep_freed_memory() -> None:
     mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 
+class Scratch:
+    """A tensor's memory, all of its storage, which is there now and then: the tensor and its views stay what they are.
+
+    What it held is lost. On a GPU nothing may read it between `release` and `take`; on a CPU its pages go back to the
+    system, and come again when somebody touches them.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._storage = tensor.untyped_storage()
+        self._size, self._there = self._storage.nbytes(), True
+        self._on_host = tensor.device.type == "cpu"
+        if self._on_host:
+            _advise(self._storage, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
+
+    @property
+    def bytes(self) -> int:
+        """What it takes now."""
+        return self._size if self._there else 0
+
+    def take(self) -> bool:
+        """Whether it was not there; what it holds then means nothing."""
+        if self._there:
+            return False
+        if not self._on_host:
+            self._storage.resize_(self._size)
+        self._there = True
+        return True
+
+    def release(self) -> None:
+        if self._there and self._on_host:
+            _advise(self._storage, _NOT_NEEDED)
+        elif self._there:
+            self._storage.resize_(0)
+        self._there = False
+
+
+_NOT_NEEDED, _HUGE_PAGES = 4, 14  # sys/mman.h of Linux
+
+
+def _advise(storage: torch.UntypedStorage, advice: int) -> None:
+    """Tells Linux of the whole pages in it; elsewhere nothing is told, and memory stays."""
+    if sys.platform != "linux":
+        return
+    call, page = ctypes.CDLL(None).madvise, resource.getpagesize()
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start = -(-storage.data_ptr() // page) * page
+    end = (storage.data_ptr() + storage.nbytes()) // page * page
+    if start < end:
+        call(start, end - start, advice)
+
+
 class Releasable:
     """Tensors whose memory can be given back and taken again, while they and all views of them stay what they are.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Replica:
 
     `slices`: parameter name -> its slice, at an address that does not change; `stamp`: which weights they hold (see
     `ZeroModel.stamp`; None: none). `decoder` runs the steps of decoding: recorded by a `recorder`, if one is given, and
-    with `flash` as their attention.
+    with `flash` as their attention. `weights`: the slices, where somebody else has them already.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Replica:
         device: torch.device,
         recorder: type[Recorder] | None = None,
         flash: FlashKernel | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         from transformers import AutoModelForCausalLM
 
@@ -59,7 +61,7 @@ class Replica:
         self.model = build_on_meta(AutoModelForCausalLM, config, dtype)
         self.layout = TensorParallelLayout.of(self.model, group.size)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self.slices = self._allocate(device)
+        self.slices = self._allocate(device, weights)
         self.model.to(device).eval()
         self.head = self._head_shard()
         self._bind()
@@ -78,18 +80,20 @@ class Replica:
         for name, buffer in persistent_buffers(module):
             own[name].copy_(buffer)
 
-    def _allocate(self, device: torch.device) -> dict[str, Tensor]:
+    def _allocate(self, device: torch.device, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.model.named_parameters()}
         slices: dict[str, Tensor] = {}
         made: dict[str, nn.Parameter] = {}
         for module in self.model.modules():
-            for own, meta in list(module.named_parameters(recurse=False)):
+            for attribute, meta in list(module.named_parameters(recurse=False)):
                 name = names[id(meta)]
                 if name not in made:
                     shape = self.layout.splits[name].shape(self.shapes[name], self.group.rank)
-                    slices[name] = torch.zeros(shape, dtype=meta.dtype, device=device)
+                    own = torch.zeros(shape, dtype=meta.dtype, device=device) if weights is None else weights[name]
+                    assert own.shape == shape
+                    slices[name] = own
                     made[name] = nn.Parameter(slices[name], requires_grad=False)
-                module._parameters[own] = made[name]
+                module._parameters[attribute] = made[name]
         return slices
 
     def _head_shard(self) -> HeadShard:

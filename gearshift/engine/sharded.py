@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gearshift.engine.adapters import is_adapter, merged_weights, plain_name
 from gearshift.engine.shift import Shards
@@ -29,6 +31,18 @@ def check_shards(module: Any, ranks: int) -> None:
 def held_names(module: Any) -> set[str]:
     """Parameters that every rank keeps whole between steps: those within `stage3_param_persistence_threshold`."""
     return {name for name, parameter in _plain_parameters(module) if parameter.ds_persist}
+
+
+def weights_in_place(module: Any, device: torch.device) -> dict[str, Tensor] | None:
+    """On one rank: each weight in its shape, where ZeRO-3 keeps it. None where it is not what a rollout reads: it has
+    adapters beside it, or lies elsewhere than on `device`."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        shard = parameter.ds_tensor
+        if is_adapter(name) or shard.device.type != device.type or shard.numel() != parameter.ds_numel:
+            return None
+        found[name] = shard.detach().view(parameter.ds_shape)
+    return found
 
 
 def zero_shards(module: Any) -> Shards:

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_AT_ONCE = 1 << 23  # elements that a collective leaves before each weight takes its own
+from gearshift.engine.memory import Scratch
+
+AT_ONCE = 1 << 21  # elements that a collective leaves before each weight takes its own
 _ALIGNED = 64  # elements: where a weight may begin
 
 
@@ -86,6 +88,9 @@ class _Run:
         self._first, last = self._parameters[0].ds_tensor, self._parameters[-1].ds_tensor
         self._starts = [p.ds_tensor.storage_offset() - self._first.storage_offset() for p in self._parameters]
         self._length = self._starts[-1] + last.numel()
+        self._wholes = self._take()
+        self._memory = Scratch(self._wholes[0])
+        self._memory.release()
 
     def release(self) -> None:
         from deepspeed.runtime.zero.partition_parameters import free_param
@@ -93,6 +98,7 @@ class _Run:
         for parameter in self._parameters:
             if _is_there(parameter):
                 free_param(parameter)
+        self._memory.release()
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -100,28 +106,28 @@ class _Run:
 
         if all(_is_there(p) for p in self._parameters):
             return
-        wholes = self._take()
+        self._memory.take()
         shards = self._first.as_strided((self._length,), (1,))
-        step = max(1, _AT_ONCE // self._ranks)
+        step = max(1, AT_ONCE // self._ranks)
         for start in range(0, self._length, step):
             own = shards[start : start + step]
             found = own.new_empty(self._ranks, len(own))
             dist.all_gather_into_tensor(found.view(-1), own, group=self._group)
-            self._hand_out(found, wholes, start)
-        for parameter, whole in zip(self._parameters, wholes, strict=True):
+            self._hand_out(found, start)
+        for parameter, whole in zip(self._parameters, self._wholes, strict=True):
             parameter.data = whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def _take(self) -> list[Tensor]:
-        """Of each parameter [N, its part of a shard], in memory that goes with the last of them."""
+        """Of each parameter [N, its part of a shard], in one piece of memory."""
         sizes = [self._ranks * p.ds_tensor.numel() for p in self._parameters]
         parts = self._first.new_empty(sum(map(_aligned, sizes))).split([_aligned(size) for size in sizes])
         return [part[:size].view(self._ranks, -1) for part, size in zip(parts, sizes, strict=True)]
 
-    def _hand_out(self, found: Tensor, wholes: list[Tensor], start: int) -> None:
-        """found [N, n]: what begins at `start` in the shards of all ranks, into the `wholes`."""
+    def _hand_out(self, found: Tensor, start: int) -> None:
+        """found [N, n]: what begins at `start` in the shards of all ranks, into the whole weights."""
         end = start + found.shape[1]
-        for at, whole in zip(self._starts, wholes, strict=True):
+        for at, whole in zip(self._starts, self._wholes, strict=True):
             low, high = max(at, start), min(at + whole.shape[1], end)
             if low < high:
                 whole[:, low - at : high - at] = found[:, low - start : high - start]

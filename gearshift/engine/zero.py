@@ -312,6 +312,8 @@ class ZeroModel:
         if self._sums is not None:
             self._sums.finish()
         self.engine.step()
+        if self._sums is not None:
+            self._sums.release()
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):

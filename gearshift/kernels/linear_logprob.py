@@ -16,6 +16,7 @@ from gearshift.kernels import checks, linear_logprob_cpu
 from gearshift.kernels.head import Head
 from gearshift.kernels.linear_logprob_cpu import Slopes
 from gearshift.kernels.states import Shards
+from gearshift.kernels.weight_sums import WeightSum, sum_for
 
 IGNORED = -100
 
@@ -202,17 +203,28 @@ def _backward(
     vocab_start: int, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias, those that are `wanted`."""
+    given = grad_logprobs, grad_entropy, hidden, weight, bias, targets, state, scale, softcap, temperature
+    found = _gradients(*given, group, vocab_start, wanted)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _gradients(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    targets: Tensor, state: Tensor, scale: float, softcap: float | None, temperature: float, group: str | None,
+    vocab_start: int, wanted: list[bool], **total: WeightSum,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Of hidden, weight and bias, those that are `wanted`, but the weight's where there is a `total` that it joins."""
     head = Head(scale, softcap, temperature)
     rows = (targets != IGNORED).nonzero()[:, 0]
     grads = [None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropy)]
     slopes = Slopes.of(state[rows], head.slope, *grads)
     dx, dweight, dbias = implementation(hidden).gradients(
-        compact(hidden, rows), weight, bias, targets[rows] - vocab_start, head, slopes, tuple(wanted)
+        compact(hidden, rows), weight, bias, targets[rows] - vocab_start, head, slopes, tuple(wanted), **total
     )
     if dx is not None:
         dx = Shards(group, vocab_start, weight.shape[0]).sum(dx).to(hidden.dtype)
         dx = torch.zeros_like(hidden).index_copy_(0, rows, dx)
-    return [gradient for gradient in (dx, dweight, dbias) if gradient is not None]
+    return dx, dweight, dbias
 
 
 @_backward.register_fake
@@ -233,10 +245,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, __: Any) -> tuple[Any, ...]:
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 10
-    wanted = list(ctx.needs_input_grad[:3])
+    wanted, (hidden, weight, *_) = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
+    total = None if hidden.is_cuda or not wanted[1] else sum_for(weight, hidden)
+    if total is not None:
+        given = grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings, [wanted[0], False, wanted[2]]
+        return *_gradients(*given, total=total), *(None,) * 7
     found = iter(
         torch.ops.gearshift.linear_logprob_backward(
             grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings, wanted

@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from gearshift.kernels import checks
+from gearshift.kernels import checks, native
 from gearshift.kernels.head import CHUNK, Chunks, Head, spans
 from gearshift.kernels.states import FLOOR, empty_states, finite, merge
+from gearshift.kernels.weight_sums import WeightSum
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 S = TypeVar("S")
@@ -34,9 +35,13 @@ def state(
     x = x.to(checks.accumulation_dtype(x, weight, bias))
     found = empty_states(x.shape[0], 4, x)
     chunks = Chunks(x, weight, bias, head, width)
-    scratch = chunks.buffer() if entropy else None
+    compiled = native.serves(x)
+    scratch = chunks.buffer() if entropy and not compiled else None
     for span in spans(weight.shape[0], width):
         z, column = chunks.logits(span, chunks.rows(span)), local - span.start
+        if compiled:
+            found = merge(torch.stack([found, _chunk_state(z, column, entropy)]))
+            continue
         parts = [_block_state(z[r], column[r], room(scratch, z[r])) for r in spans(len(z), block_rows(width))]
         found = merge(torch.stack([found, torch.cat(parts)])) if parts else found
     return found
@@ -51,13 +56,16 @@ def gradients(
     slopes: Slopes,
     wanted: tuple[bool, bool, bool],
     width: int = CHUNK,
+    total: WeightSum | None = None,
 ) -> Gradients:
-    """dX `[T, H]` in fp32 or fp64 (this rank's part of the sum), dW and db in their inputs' dtypes."""
+    """dX `[T, H]` in fp32 or fp64 (this rank's part of the sum), dW and db in their inputs' dtypes. `total`: what dW
+    joins where it is not `wanted`."""
     x = x.to(checks.accumulation_dtype(x, weight, bias))
-    sums = GradientSums(x, weight, bias, wanted)
+    sums = GradientSums(x, weight, bias, wanted, total)
     chunks = Chunks(x, weight, bias, head, width)
-    scratch = None if slopes.of_plogp is None else chunks.buffer()
-    blocks = [(r, rows_of(slopes, r)) for r in spans(x.shape[0], block_rows(width))]
+    compiled = native.serves(x)
+    scratch = None if slopes.of_plogp is None or compiled else chunks.buffer()
+    blocks = [(r, rows_of(slopes, r)) for r in spans(x.shape[0], max(1, len(x)) if compiled else block_rows(width))]
     for span in spans(weight.shape[0], width):
         rows = chunks.rows(span)
         z, column = chunks.logits(span, rows), local - span.start
@@ -67,6 +75,8 @@ def gradients(
             if tanh_slope is not None:
                 dz.mul_(tanh_slope)
         sums.add(span, rows, z)
+    if total is not None:
+        total.done()
     return sums.dx, sums.dweight, sums.dbias
 
 
@@ -82,6 +92,14 @@ def rows_of(slopes: S, rows: slice) -> S:
         name: None if value is None else rows_of(value, rows) if dataclasses.is_dataclass(value) else value[rows]
         for name, value in fields.items()
     })  # fmt: skip
+
+
+def _chunk_state(z: Tensor, column: Tensor, entropy: bool) -> Tensor:
+    """The states of all tokens over one chunk, by the compiled library; reads z."""
+    states = z.new_empty(len(z), 4)
+    given = z.shape[1], entropy, *map(native.pointer, (z, column.contiguous(), states))
+    native.spread("logit_states", "iippp", len(z), z.numel(), *given)
+    return states
 
 
 def _block_state(z: Tensor, column: Tensor, scratch: Tensor | None) -> Tensor:
@@ -145,7 +163,14 @@ class Slopes:
         return cls(finite(top), g, -g / total, of_plogp, numerator / total)
 
     def logit_gradient(self, z: Tensor, column: Tensor, scratch: Tensor | None) -> Tensor:
-        """`[T, C]`, in the place of z. `scratch` (of z's shape) is needed for the entropy's gradient only."""
+        """`[T, C]`, in the place of z. `scratch` (of z's shape) is needed for the entropy's gradient only, and not by
+        the compiled library."""
+        if native.serves(z):
+            tensors = column, self.top, self.at_target, self.of_p, self.of_plogp, self.centre
+            compact = [None if t is None else t.contiguous() for t in tensors]
+            given = z.shape[1], *map(native.pointer, (z, *compact))
+            native.spread("logit_gradients", "ippppppp", len(z), z.numel(), *given)
+            return z
         z.sub_(self.top[:, None])
         if self.of_plogp is None:
             dz = z.exp_().mul_(self.of_p[:, None])
@@ -165,8 +190,15 @@ def add_at_target(dz: Tensor, column: Tensor, values: Tensor) -> Tensor:
 class GradientSums:
     """dX, dW and db of one head, as its chunks come; None where not wanted."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]):
-        self._x = x
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        total: WeightSum | None = None,
+    ):
+        self._x, self._total = x, total
         self.dx = torch.zeros_like(x) if wanted[0] else None
         self.dweight = torch.empty_like(weight) if wanted[1] else None
         self.dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
@@ -177,6 +209,8 @@ class GradientSums:
             self.dx.addmm_(dz, rows)
         if self.dweight is not None:
             product_into(self.dweight[span], dz.T, self._x)
+        if self._total is not None:
+            self._total.add_product(span.start, dz, self._x)
         if self.dbias is not None:
             self.dbias[span] = dz.sum(dim=0)
 

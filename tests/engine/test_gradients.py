@@ -38,6 +38,7 @@ def two_steps(
     training = Training(learning_rate=0.01, optimizer=optimizer, max_grad_norm=clip)
     model = CausalModel.load(folder, world, dtype=dtype, micro_batch_size=2, training=training, deepspeed_extra=extra)
     found: dict[str, Any] = {"adds_up": model._sums is not None, "gradients": [], "norms": []}
+    found["direct"] = {n for n, p in model.module.named_parameters() if hasattr(p, "gradient_sum")}
     for step in range(2):
         for seed, weight in ((2 * step, 1.0), (2 * step + 1, 0.5)):
             model.accumulate(language_loss, token_batch(seed).select(world.share(ROWS)), weight)
@@ -47,22 +48,38 @@ def two_steps(
     return found
 
 
+# Matrices whose parts over three ranks are rows enough to be written by the product that they are: whole ones (192), or
+# cut within a row (209 and 200). One of them is both the embedding and the head.
+WIDE = {"vocab_size": 192, "intermediate_size": 192, "tie_word_embeddings": True}
+CROSSED = {"vocab_size": 209, "intermediate_size": 200}
+DIRECT = {
+    "model.embed_tokens.weight",
+    *(f"model.layers.{n}.mlp.{m}_proj.weight" for n in (0, 1) for m in ("gate", "up")),
+}
+
+
+@pytest.mark.parametrize("more", [{}, WIDE, CROSSED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_deepspeed_has_them(
-    one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path, dtype: torch.dtype
+    one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path, dtype: torch.dtype, more: Any
 ) -> None:
     """131 x 32 weights are not a multiple of three ranks."""
-    folder = str(save_tiny("llama", tmp_path / "llama"))
+    folder = str(save_tiny("llama", tmp_path / "llama", **more))
     bound = 2e-6 if dtype == torch.float32 else 3e-2  # with other ranks other rows are rounded together
     theirs = three_ranks.run(two_steps, folder, BUCKET, dtype)[0]
     assert not theirs["adds_up"]
+    assert not theirs["direct"]
     assert theirs["norms"][0] > 0.5  # so that it is clipped
     for group, extra in ((one_rank, {}), (three_ranks, {}), (three_ranks, GROUPS), (one_rank, GROUPS)):
         ours = group.run(two_steps, folder, extra, dtype)[0]
         assert ours["adds_up"]
-        assert ours["norms"] == pytest.approx(theirs["norms"], rel=bound)
+        if group is three_ranks:
+            direct = DIRECT | ({"lm_head.weight"} if more == CROSSED else set())
+            assert ours["direct"] == (direct if more and dtype == torch.float32 else set())
+        assert ours["norms"] == pytest.approx(theirs["norms"], rel=2 * bound)
         assert distance(ours["gradients"][0], theirs["gradients"][0]) <= bound
-        assert distance(ours["weights"], theirs["weights"]) <= bound
+        # Adam divides by a gradient's own size: where that is near 0, rounding grows.
+        assert distance(ours["weights"], theirs["weights"]) <= 3 * bound
 
 
 def test_every_rank_has_the_same_norm(three_ranks: WorkerGroup, tmp_path: Path) -> None:
@@ -121,24 +138,73 @@ def test_on_one_rank_weights_stay_unless_the_host_has_them(one_rank: WorkerGroup
     assert "stage3_param_persistence_threshold" not in config["zero_optimization"]
 
 
-def shared_memory(world: World, folder: str, dtype: torch.dtype) -> tuple[bool, int]:
-    """Whether masters are the weights, and how many numbers the buffer for gradients has."""
+def masters_shared(world: World, folder: str, dtype: torch.dtype) -> bool:
+    """Whether masters are the weights."""
     training = Training(learning_rate=0.1)
     model = CausalModel.load(folder, world, dtype=dtype, micro_batch_size=8, training=training)
     optimizer = model.engine.optimizer
     pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
-    shared = [weights.data_ptr() == masters.data_ptr() for weights, masters in pairs]
-    assert all(shared) or not any(shared)
-    return all(shared), optimizer.ipg_buckets[torch.float32].buffer.numel()
+    shared = {weights.data_ptr() == masters.data_ptr() for weights, masters in pairs}
+    assert len(shared) == 1
+    return shared.pop()
 
 
-def test_what_is_kept_of_masters_and_buffer(one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path) -> None:
+def test_in_fp32_masters_are_the_weights(one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    assert one_rank.run(shared_memory, folder, torch.float32)[0] == (True, 0)
-    shared, kept = three_ranks.run(shared_memory, folder, torch.bfloat16)[0]
-    assert not shared
+    assert one_rank.run(masters_shared, folder, torch.float32)[0]
+    assert not three_ranks.run(masters_shared, folder, torch.bfloat16)[0]
+
+
+def memory_of_gradients(world: World, folder: str) -> list[int]:
+    """Numbers that gradients take: before any, within the second micro-batch, after a loss, after a second one, and
+    after the step."""
+    training = Training(learning_rate=0.1)
+    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=2, training=training)
+    sums = model._sums
+    assert sums is not None
+    assert not model.engine.optimizer.ipg_buckets[torch.float32].buffer.numel()
+    within: list[int] = []
+
+    def held() -> int:
+        return sum(memory.bytes for memory in sums._memory) // 4
+
+    def loss(model: CausalModel, micro: TokenBatch, count: Tensor) -> Loss:
+        within.append(held())
+        return language_loss(model, micro, count)
+
+    batch, found = token_batch().select(world.share(ROWS)), [held()]
+    for _ in range(2):
+        model.accumulate(loss, batch)
+        found.append(held())
+    model.step()
+    return [found[0], within[1], *found[1:], held()]
+
+
+def test_gradients_take_memory_until_the_step(one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path) -> None:
+    """The whole of it until the loss is through, then the rank's own part."""
+    folder = str(save_tiny("llama", tmp_path / "llama"))
     parameters = 2 * 131 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32) + 32
-    assert parameters <= kept < parameters + 3 * 21  # each of 21 rounded up to three parts
+    assert one_rank.run(memory_of_gradients, folder)[0] == [0, parameters, parameters, parameters, 0]
+    before, within, once, twice, after = three_ranks.run(memory_of_gradients, folder)[0]
+    assert before == after == 0
+    assert parameters <= within < parameters + 3 * 21  # each of 21 rounded up to three parts
+    assert once == twice == within // 3
+
+
+def step_without_a_loss(world: World, folder: str) -> float:
+    """After one with: nothing of its gradient is left."""
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=2, training=Training(learning_rate=0.1)
+    )
+    model.accumulate(language_loss, token_batch().select(world.share(ROWS)))
+    assert model.step() > 0
+    return model.step()
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "three_ranks"])
+def test_a_step_without_a_loss_has_no_gradient(request: pytest.FixtureRequest, tmp_path: Path, ranks: str) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert set(request.getfixturevalue(ranks).run(step_without_a_loss, folder)) == {0.0}
 
 
 @pytest.mark.parametrize("count", [0, 1, 65_537, 200_000])

@@ -1,4 +1,4 @@
-"""What glibc is told to keep."""
+"""What glibc is told to keep, and memory that comes and goes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from gearshift.engine.memory import keep_freed_memory
+from gearshift.engine.memory import Scratch, keep_freed_memory
 
 GIB, MIB_32 = 1 << 30, 1 << 25
 TRIM, MMAP = -1, -3
@@ -45,3 +46,44 @@ def test_what_the_environment_says_goes_first(
     monkeypatch.setenv(name, value)
     keep_freed_memory()
     assert asked == []
+
+
+def resident() -> int:
+    """Bytes."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+def test_scratch_memory_comes_and_goes() -> None:
+    """A view of it stays what it is."""
+    tensor = torch.empty(16 << 20)
+    view, memory = tensor[5 << 20 :], Scratch(tensor)
+    assert not memory.take()
+    before = resident()
+    tensor.fill_(1.0)
+    held = resident()
+    memory.release()
+    memory.release()
+    gone = resident()
+    assert memory.bytes == 0
+    assert held - before > 60 << 20
+    assert held - gone > 60 << 20
+    assert memory.take()
+    assert not memory.take()
+    assert memory.bytes == 64 << 20
+    assert not view[:-1024].any()  # its last page may be another tensor's as well
+    view.fill_(2.0)
+    tensor[: 5 << 20].zero_()
+    assert float(tensor.sum()) == 2.0 * (11 << 20)
+
+
+def test_on_a_device_of_its_own_a_storage_is_empty_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    tensor = torch.ones(1000)
+    memory = Scratch(tensor)
+    monkeypatch.setattr(memory, "_on_host", False)
+    memory.release()
+    assert tensor.untyped_storage().nbytes() == 0
+    assert memory.take()
+    assert tensor.fill_(3.0).sum() == 3000

@@ -93,12 +93,12 @@ def collectives(world: World, folder: str, extra: dict[str, Any], at_once: int) 
         count += 1
         return own(*args, **more)
 
-    before = pieces._AT_ONCE
-    dist.all_gather_into_tensor, pieces._AT_ONCE = counted, at_once
+    before = pieces.AT_ONCE
+    dist.all_gather_into_tensor, pieces.AT_ONCE = counted, at_once
     try:
         loss = model.accumulate(language_loss, token_batch().select(world.share(ROWS)))["loss"]
     finally:
-        dist.all_gather_into_tensor, pieces._AT_ONCE = own, before
+        dist.all_gather_into_tensor, pieces.AT_ONCE = own, before
     return count, float(loss)
 
 

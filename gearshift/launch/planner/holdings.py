@@ -1,4 +1,4 @@
-"""What a rank holds of a model as long as the run goes, whatever is at work."""
+"""What a rank holds of a model as long as the run goes, or as long as the model trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Holding:
 
     `weights`: the shards; `whole`: the small parameters that ZeRO-3 keeps so; `gradients`: those summed so far, in
     fp32; `optimizer`: fp32 weights, where the shards are not in fp32 themselves, and moments; `average`: the fp32
-    moving average of the weights; `bucket`: the buffer in which gradients are collected.
+    moving average of the weights; `bucket`: the buffer in which gradients are collected. `passing`: gradients and
+    buffer are there while the model trains, and not in between.
     """
 
     weights: int = 0
@@ -26,6 +27,7 @@ class Holding:
     average: int = 0
     bucket: int = 0
     host: int = 0
+    passing: bool = False
 
     @property
     def total(self) -> int:
@@ -47,13 +49,13 @@ def holding(model: PaperModel, sharding: Sharding, moments: int, average: bool) 
     masters = trained if size < FP32 or zero.offload_optimizer else 0
     state = (masters + moments * trained) * FP32
     averaged = trained * FP32 if average else 0
-    bucket = zero.reduce_bucket * FP32
-    if adds_up(model, sharding):
+    bucket, passing = zero.reduce_bucket * FP32, adds_up(model, sharding)
+    if passing:
         bucket = 0 if n == 1 else n * trained * FP32
     if zero.offload_optimizer:
         host += state + averaged + 2 * trained * FP32
         return Holding(weights, kept_whole, bucket=bucket, host=host)
-    return Holding(weights, kept_whole, trained * FP32, state, averaged, bucket, host)
+    return Holding(weights, kept_whole, trained * FP32, state, averaged, bucket, host, passing)
 
 
 def trained_shard(model: PaperModel, sharding: Sharding) -> int:

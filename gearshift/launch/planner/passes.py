@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gearshift.launch.planner.tracing import Timeline
-from gearshift.launch.planner.window import Window, ZeroSettings
+from gearshift.launch.planner.window import WholeWindow, Window, ZeroSettings, comes_whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class _Bucket:
         return needed
 
 
-def _window(timeline: Timeline, sharding: Sharding) -> Window:
+def _window(timeline: Timeline, sharding: Sharding) -> Window | WholeWindow:
+    if comes_whole(timeline.numel, sharding.zero):
+        return WholeWindow(timeline.numel, sharding.ranks, sharding.itemsize, sharding.zero)
     sequence = [timeline.layers[e.value] for e in timeline.events if e.kind == "fetch"]
     return Window(sequence, timeline.forward, timeline.numel, sharding.ranks, sharding.itemsize, sharding.zero)
 
@@ -83,6 +85,7 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
         here = Need(live + scratch, max(window.bytes, gathered), bucket.kept + gradients)
         most = here if here.total > most.total else most
 
+    look(gathered=window.peak)
     for event in timeline.events:
         if event.kind == "live":
             live = event.value
@@ -101,4 +104,4 @@ def need(timeline: Timeline, sharding: Sharding, trained: Timeline | None = None
             (window.fetch if event.kind == "fetch" else window.release)(timeline.layers[event.value], event.value)
             look(gathered=window.peak)
     look(gradients=bucket.reduce())
-    return replace(most, left=window.bytes)
+    return replace(most, left=window.left)

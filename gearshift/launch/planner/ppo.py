@@ -216,16 +216,23 @@ class PpoPlan:
     def largest(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
+    @property
+    def rollout_weights(self) -> int:
+        """Bytes of the slices that a rollout reads: on one rank those of ZeRO-3, where they are what it needs."""
+        in_place = self.ranks == 1 and self.config.policy.lora is None and not self.sharding.zero.offload_param
+        return 0 if in_place else self.replica.weights
+
     def _base(self) -> dict[str, int]:
+        """What is there in every phase."""
         held = self.holdings.values()
         keeps = self.config.rollout.keep_weights
         cache = self.cache if rollouts.cache_is_kept(self.cache, keeps, self._records) else 0
         return {
             "weights": sum(h.weights + h.whole for h in held),
-            "gradients": sum(h.gradients for h in held),
+            "gradients": sum(0 if h.passing else h.gradients for h in held),
             "optimizer": sum(h.optimizer + h.average for h in held),
-            "buckets": sum(h.bucket for h in held) + (self.buffers if keeps else 0),
-            "rollout weights": self.replica.weights if keeps else 0,
+            "buckets": sum(0 if h.passing else h.bucket for h in held) + (self.buffers if keeps else 0),
+            "rollout weights": self.rollout_weights if keeps else 0,
             "KV cache": cache,
             "gathered": 0,
             "activations": 0,
@@ -240,7 +247,7 @@ class PpoPlan:
             parts["optimizer"] -= policy.optimizer + policy.average
         if not self.config.rollout.keep_weights:
             parts["buckets"] += self.buffers
-        parts["rollout weights"], parts["KV cache"] = self.replica.weights, self.cache
+        parts["rollout weights"], parts["KV cache"] = self.rollout_weights, self.cache
         truncated = self.config.rollout.top_k is not None or self.config.rollout.top_p < 1
         parts["episodes"] = rollouts.answer_bytes(asked.rows, asked.response)
         parts["activations"] = max(
@@ -268,11 +275,17 @@ class PpoPlan:
             if name not in self._models:
                 continue
             beside = self._alone("critic").left if name == "policy" and "critic" in self._models else 0
-            found.append(self._backward(f"train: {name}", name, self.updated, beside))
+            held = self.holdings[name]
+            # Over several ranks a shard of sums is there once they are reduced.
+            shard = held.gradients if held.passing else 0
+            first, bucket = (shard if self.ranks == 1 else 0), held.bucket if held.passing else 0
+            found.append(self._backward(f"train: {name}", name, self.updated, beside, first, bucket))
             if name == "policy" and self.text is not None:
-                found.append(self._backward("train: policy, pretraining text", name, self.text, beside))
+                title = "train: policy, pretraining text"
+                found.append(self._backward(title, name, self.text, beside, shard, bucket))
             parts = self._base()
-            parts["weights"] -= self.holdings[name].whole  # cut for as long as they change
+            parts["weights"] -= held.whole  # cut for as long as they change
+            parts["gradients"] += shard
             parts["gathered"] += beside
             parts["gradients"] += step_bytes(self._models[name], self.sharding)
             found.append(Phase(f"step: {name}", "ZeRO-3", parts))
@@ -291,9 +304,13 @@ class PpoPlan:
     def _forward(self, title: str, name: str, beside: int = 0) -> Phase:
         return self._phase(title, self._alone(name), beside)
 
-    def _backward(self, title: str, name: str, batch: Batch, beside: int) -> Phase:
+    def _backward(self, title: str, name: str, batch: Batch, beside: int, gradients: int, bucket: int) -> Phase:
+        """`gradients`, `bucket`: bytes of those that come with the passes."""
         added = adds_up(self._models[name], self.sharding)
-        return self._phase(title, need(self._trained(name, batch), self.sharding, adds_up=added), beside)
+        found = self._phase(title, need(self._trained(name, batch), self.sharding, adds_up=added), beside)
+        found.parts["gradients"] += gradients
+        found.parts["buckets"] += bucket
+        return found
 
     def _phase(self, title: str, found: Need, beside: int) -> Phase:
         parts = self._base()

@@ -81,7 +81,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "phases": [asdict(phase) | {"total": phase.total} for phase in plan.phases],
         "host_bytes": plan.host_bytes,
         "shift": {
-            "slices_bytes": plan.replica.weights,
+            "slices_bytes": plan.rollout_weights,
             "buffers_bytes": plan.buffers,
             "received_bytes": int(traffic.received.max()) * size,
             "received_between_hosts_bytes": int(traffic.received_between_hosts.max()) * size,

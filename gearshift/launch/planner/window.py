@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from gearshift.engine.whole import AT_ONCE
+
 
 @dataclass(frozen=True)
 class ZeroSettings:
@@ -42,6 +44,30 @@ class ZeroSettings:
             own: (zero.get(own) or {}).get("device", "none") != "none" for own in ("offload_optimizer", "offload_param")
         }
         return cls(**given, **away)
+
+
+def comes_whole(numel: list[int], zero: ZeroSettings) -> bool:
+    """Whether `engine.whole` gathers the weights of a model, in one piece, or DeepSpeed's hooks do."""
+    return not zero.offload_param and sum(n for n in numel if n > zero.persistence) <= zero.prefetch
+
+
+class WholeWindow:
+    """As `Window`, of weights that come in one piece before the first pass and go after the last."""
+
+    left = 0
+
+    def __init__(self, numel: list[int], ranks: int, itemsize: int, zero: ZeroSettings):
+        away = [-(-n // ranks) * ranks for n in numel if n > zero.persistence] if ranks > 1 else []
+        self.bytes = sum(away) * itemsize
+        self.peak = self.bytes + min(sum(away), AT_ONCE) * itemsize
+
+    def fetch(self, layer: Iterable[int], module: int = 0) -> None: ...
+
+    def release(self, layer: Iterable[int], module: int = 0) -> None: ...
+
+    def keep(self, p: int) -> None: ...
+
+    def drop(self, p: int) -> None: ...
 
 
 class Window:
@@ -113,6 +139,11 @@ class Window:
         self._needed[p] -= 1
         if not self._needed[p]:
             self.bytes -= self._orphans.pop(p, 0)
+
+    @property
+    def left(self) -> int:
+        """Bytes that stay after the pass, until the model's next one."""
+        return self.bytes
 
     @property
     def _in_forward(self) -> bool:

@@ -26,11 +26,12 @@ def sharding(**zero: object) -> Sharding:
 
 
 def test_a_model_that_trains() -> None:
+    """Its gradients are there while it trains, or always where they do not fit into the bucket together."""
     expected = Holding(
-        weights=20 * 2, whole=SMALL, gradients=20 * 4, optimizer=3 * 20 * 4, average=20 * 4, bucket=80 * 4
+        weights=20 * 2, whole=SMALL, gradients=20 * 4, optimizer=3 * 20 * 4, average=20 * 4, bucket=80 * 4, passing=True
     )
     assert holding(model(), sharding(), 2, True) == expected
-    assert holding(model(), sharding(reduce_bucket=70), 2, True) == replace(expected, bucket=70 * 4)
+    assert holding(model(), sharding(reduce_bucket=70), 2, True) == replace(expected, bucket=70 * 4, passing=False)
     assert holding(model(), sharding(), 0, False) == replace(expected, optimizer=20 * 4, average=0)
 
 

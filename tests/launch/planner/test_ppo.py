@@ -61,6 +61,26 @@ def test_what_the_critic_left_gathered_lies_beside_the_policy(plan: PpoPlan) -> 
     assert found["step: critic"].parts["gathered"] == 0
 
 
+def test_gradients_that_fit_into_the_bucket_are_there_while_their_model_trains(plan: PpoPlan) -> None:
+    """The sums of all shards until the last micro-batch is through, then the rank's own; two losses are two of them."""
+    summed = plan.with_deepspeed({"zero_optimization": {"reduce_bucket_size": 10**6}})
+    policy, found = summed.holdings["policy"], phases(summed)
+    assert policy.passing
+    assert summed.rollout.parts["gradients"] == found["score: reference"].parts["gradients"] == 0
+    gradients = {name: (found[name].parts["gradients"], found[name].parts["buckets"]) for name in found}
+    assert gradients["train: policy"] == (0, policy.bucket)
+    assert gradients["train: policy, pretraining text"] == (policy.gradients, policy.bucket)
+    assert gradients["step: policy"] == (policy.gradients, 0)
+    assert gradients["train: critic"] == (0, summed.holdings["critic"].bucket)
+
+
+def test_one_rank_reads_its_weights_where_they_are(plan: PpoPlan) -> None:
+    one = replace(plan.changed(rollout={"tp_size": 1}), ranks=1, per_host=1)
+    assert one.rollout.parts["rollout weights"] == 0
+    away = one.with_deepspeed({"zero_optimization": {"offload_param": {"device": "cpu"}}})
+    assert away.rollout.parts["rollout weights"] == one.replica.weights > 0
+
+
 def test_the_buffers_of_a_shift_are_there_in_rollouts_alone_or_always(plan: PpoPlan) -> None:
     kept = plan.changed(rollout={"keep_weights": True})
     bucket = sum(held.bucket for held in plan.holdings.values())

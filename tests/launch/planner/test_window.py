@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gearshift.launch.planner.window import Window, ZeroSettings
+from gearshift.launch.planner.window import WholeWindow, Window, ZeroSettings, comes_whole
 
 ZERO = ZeroSettings(persistence=0, prefetch=0)
 NUMEL = [100, 200, 300]
@@ -93,6 +93,18 @@ def test_a_view_that_autograd_keeps_holds_the_memory_of_what_was_released() -> N
     assert found.bytes == 400
     found.drop(0)
     assert found.bytes == 0
+
+
+def test_a_small_model_comes_whole() -> None:
+    """What stays does not count, and weights in host memory come layer by layer."""
+    zero = ZeroSettings(persistence=150, prefetch=500)
+    assert comes_whole(NUMEL, zero)
+    assert not comes_whole(NUMEL, dataclasses.replace(zero, prefetch=499))
+    assert not comes_whole(NUMEL, dataclasses.replace(zero, offload_param=True))
+    found = WholeWindow(NUMEL, 3, 4, zero)
+    found.fetch([0])
+    assert (found.bytes, found.peak, found.left) == (501 * 4, 2 * 501 * 4, 0)
+    assert WholeWindow(NUMEL, 1, 4, zero).bytes == 0
 
 
 def test_settings_are_read_from_the_deepspeed_section() -> None:
