@@ -63,23 +63,24 @@ DIRECT = {
 def test_as_deepspeed_has_them(
     one_rank: WorkerGroup, three_ranks: WorkerGroup, tmp_path: Path, dtype: torch.dtype, more: Any
 ) -> None:
-    """131 x 32 weights are not a multiple of three ranks."""
+    """131 x 32 weights are not a multiple of three ranks. Not with Adam, which divides a gradient near 0 by its own
+    size, and makes its rounding large."""
     folder = str(save_tiny("llama", tmp_path / "llama", **more))
     bound = 2e-6 if dtype == torch.float32 else 3e-2  # with other ranks other rows are rounded together
-    theirs = three_ranks.run(two_steps, folder, BUCKET, dtype)[0]
+    theirs = three_ranks.run(two_steps, folder, BUCKET, dtype, 0.5, "sgd")[0]
     assert not theirs["adds_up"]
     assert not theirs["direct"]
     assert theirs["norms"][0] > 0.5  # so that it is clipped
     for group, extra in ((one_rank, {}), (three_ranks, {}), (three_ranks, GROUPS), (one_rank, GROUPS)):
-        ours = group.run(two_steps, folder, extra, dtype)[0]
+        ours = group.run(two_steps, folder, extra, dtype, 0.5, "sgd")[0]
         assert ours["adds_up"]
         if group is three_ranks:
             direct = DIRECT | ({"lm_head.weight"} if more == CROSSED else set())
             assert ours["direct"] == (direct if more and dtype == torch.float32 else set())
-        assert ours["norms"] == pytest.approx(theirs["norms"], rel=2 * bound)
-        assert distance(ours["gradients"][0], theirs["gradients"][0]) <= bound
-        # Adam divides by a gradient's own size: where that is near 0, rounding grows.
-        assert distance(ours["weights"], theirs["weights"]) <= 3 * bound
+        assert ours["norms"] == pytest.approx(theirs["norms"], rel=bound)
+        for own, other in zip(ours["gradients"], theirs["gradients"], strict=True):
+            assert distance(own, other) <= bound
+        assert distance(ours["weights"], theirs["weights"]) <= bound
 
 
 def test_every_rank_has_the_same_norm(three_ranks: WorkerGroup, tmp_path: Path) -> None:
