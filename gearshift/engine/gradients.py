@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine.memory import Scratch
+from gearshift.kernels.squared_norm import squared_norm
 from gearshift.kernels.weight_sums import keep_sum
 
 
@@ -232,13 +233,3 @@ class _Sum:
 
     def done(self) -> None:
         self._sums.see(self._parameter)
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """The sum of squares, fp64. x: flat."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        # Ten times as fast as in fp64, and as good: 65,536 numbers at a time lose less than 1e-6 of it.
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in x.split(1 << 16)]).double()
-        if norms.isfinite().all():  # else perhaps the squares alone are too large
-            return norms.square().sum()
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
