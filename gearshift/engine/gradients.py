@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.distributed import World
 from gearshift.engine.memory import Scratch
+from gearshift.engine.neighbours import Neighbours, neighbours
 from gearshift.kernels.squared_norm import squared_norm
 from gearshift.kernels.weight_sums import keep_sum
 
@@ -31,7 +33,8 @@ class GradientSums:
     `optimizer.grad_partitions_flat_buffer [P]` holds the sum (not the mean) over ranks after `reduce`.
     """
 
-    def __init__(self, optimizer: Any):
+    def __init__(self, optimizer: Any, near: Neighbours | None):
+        self._near = near
         self._optimizer, self._group = optimizer, optimizer.dp_process_group
         self._ranks, self._rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         self._parameters = [p for group in optimizer.fp16_groups for p in group]
@@ -57,7 +60,7 @@ class GradientSums:
         optimizer._get_norm_groups = self._norms
 
     @classmethod
-    def of(cls, optimizer: Any) -> GradientSums | None:
+    def of(cls, optimizer: Any, world: World) -> GradientSums | None:
         """None where DeepSpeed's way is kept: its bucket is too small, the optimizer's state is on the host, or its
         config has gradients without a bucket, quantized, or added up in another type than fp32."""
         ranks = dist.get_world_size(optimizer.dp_process_group)
@@ -66,7 +69,7 @@ class GradientSums:
         types = {optimizer.gradient_accumulation_dtype, *optimizer.ipg_buckets}
         plain = optimizer.contiguous_gradients and optimizer.all2all_process_group is None
         here = types == {torch.float32} and not optimizer.offload_optimizer
-        return cls(optimizer) if fits and plain and here else None
+        return cls(optimizer, neighbours(world)) if fits and plain and here else None
 
     def begin(self) -> Tensor:
         """[N, P]: the sums, of which those of parameters that are not `seen` hold anything."""
@@ -128,7 +131,10 @@ class GradientSums:
         self._clear_unseen()
         self._memory[0].take()
         own = torch.empty_like(self._shard()) if self._reduced else self._shard()
-        dist.reduce_scatter_tensor(own, self._sums.view(-1), group=self._group)
+        if self._near is None:
+            dist.reduce_scatter_tensor(own, self._sums.view(-1), group=self._group)
+        else:
+            self._near.reduce_scatter(own, self._sums)
         self._memory[-1].release()
         if self._reduced:
             self._shard().add_(own)

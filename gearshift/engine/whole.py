@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.distributed import World
 from gearshift.engine.memory import Scratch
+from gearshift.engine.neighbours import Neighbours, neighbours
 
 AT_ONCE = 1 << 21  # elements that a collective leaves before each weight takes its own
 _ALIGNED = 64  # elements: where a weight may begin
@@ -26,10 +28,10 @@ _ALIGNED = 64  # elements: where a weight may begin
 class WholeWeights:
     """Of one model. `placed` puts them into its parameters for a while."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, near: Neighbours | None):
         parameters = list(module.parameters())
         self._kept = [p for p in parameters if p.ds_persist]
-        self._runs = _runs([p for p in parameters if not p.ds_persist])
+        self._runs = _runs([p for p in parameters if not p.ds_persist], near)
         self._trains = any(p.requires_grad for p in parameters)
         self._depth = 0
         # A forward outside of `placed` finds them too; what a backward pass may need stays until `leave`.
@@ -37,7 +39,7 @@ class WholeWeights:
         module.register_forward_hook(lambda *_: self._after_forward())
 
     @classmethod
-    def of(cls, engine: Any) -> WholeWeights | None:
+    def of(cls, engine: Any, world: World) -> WholeWeights | None:
         """None, and DeepSpeed's hooks stay, where its weights are more than `stage3_prefetch_bucket_size` elements, or
         are not plainly cut over all ranks."""
         parameters = list(engine.module.parameters())
@@ -48,7 +50,7 @@ class WholeWeights:
         if not plain or away > engine.zero_prefetch_bucket_size():
             return None
         getattr(engine.optimizer, "parameter_offload", engine.optimizer)._remove_module_hooks()
-        return cls(engine.module)
+        return cls(engine.module, neighbours(world))
 
     @contextmanager
     def placed(self) -> Iterator[None]:
@@ -81,7 +83,8 @@ class WholeWeights:
 class _Run:
     """Parameters whose shards lie in one piece of memory. Between them may be some that every rank keeps whole."""
 
-    def __init__(self, parameters: list[Any]):
+    def __init__(self, parameters: list[Any], near: Neighbours | None):
+        self._near = near
         self._parameters = sorted(parameters, key=lambda p: p.ds_tensor.storage_offset())
         self._group = parameters[0].ds_process_group
         self._ranks = dist.get_world_size(self._group)
@@ -108,15 +111,20 @@ class _Run:
             return
         self._memory.take()
         shards = self._first.as_strided((self._length,), (1,))
+        for start, found in self._gathered(shards) if self._near is None else self._near.gathered(shards):
+            self._hand_out(found, start)
+        for parameter, whole in zip(self._parameters, self._wholes, strict=True):
+            parameter.data = whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _gathered(self, shards: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Chunk by chunk: where it starts in the shards, and [N, n] of it."""
         step = max(1, AT_ONCE // self._ranks)
         for start in range(0, self._length, step):
             own = shards[start : start + step]
             found = own.new_empty(self._ranks, len(own))
             dist.all_gather_into_tensor(found.view(-1), own, group=self._group)
-            self._hand_out(found, start)
-        for parameter, whole in zip(self._parameters, self._wholes, strict=True):
-            parameter.data = whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
+            yield start, found
 
     def _take(self) -> list[Tensor]:
         """Of each parameter [N, its part of a shard], in one piece of memory."""
@@ -133,7 +141,7 @@ class _Run:
                 whole[:, low - at : high - at] = found[:, low - start : high - start]
 
 
-def _runs(parameters: list[Any]) -> list[_Run]:
+def _runs(parameters: list[Any], near: Neighbours | None) -> list[_Run]:
     """In the same order on all ranks. Shards that are alone in their memory, as frozen ones are, are laid together."""
     alone = [p for p in parameters if p.ds_tensor.untyped_storage().nbytes() == p.ds_tensor.nbytes]
     if alone:
@@ -143,7 +151,7 @@ def _runs(parameters: list[Any]) -> list[_Run]:
     pieces: dict[int, list[Any]] = {}
     for p in parameters:
         pieces.setdefault(p.ds_tensor.untyped_storage().data_ptr(), []).append(p)
-    return [_Run(piece) for piece in pieces.values()]
+    return [_Run(piece, near) for piece in pieces.values()]
 
 
 def _is_there(parameter: Any) -> bool:

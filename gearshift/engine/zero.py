@@ -179,13 +179,13 @@ class ZeroModel:
             lr_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule)) if schedule else None,
             config=zero3_config(world, self.dtype, training, deepspeed_extra or {}),
         )[0]
-        self._whole = WholeWeights.of(self.engine)
+        self._whole = WholeWeights.of(self.engine, world)
         self._sums: GradientSums | None = None
         if training:
             # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.
             self.engine.set_gradient_accumulation_boundary(True)
             share_masters(self.engine.optimizer)
-            self._sums = GradientSums.of(self.engine.optimizer)
+            self._sums = GradientSums.of(self.engine.optimizer, world)
         self.average: WeightAverage | None = None
         if training is not None and training.average is not None:
             self.average = WeightAverage(self.engine.optimizer, training.average)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.engine import CausalModel, Training, World
+from gearshift.engine import CausalModel, Training, World, gradients
 from gearshift.engine import whole as pieces
 from gearshift.engine.saving import gathered_parameters
 from tests.engine.test_zero import ROWS, distance, episodes, language_loss, token_batch
@@ -46,10 +46,20 @@ def there(model: CausalModel) -> set[str]:
     return {name for name, p in model.module.named_parameters() if p.numel()}
 
 
-def what_it_computes(world: World, folder: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Of two steps of several micro-batches each, and of a frozen model and its comparison with the trained one."""
+def what_it_computes(world: World, folder: str, extra: dict[str, Any], near: bool = True) -> dict[str, Any]:
+    """Of two steps of several micro-batches each, and of a frozen model and its comparison with the trained one.
+    `near`: ranks may share memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not near:
+            for module in (pieces, gradients):
+                patch.setattr(module, "neighbours", lambda world: None)
+        return _what_it_computes(world, folder, extra)
+
+
+def _what_it_computes(world: World, folder: str, extra: dict[str, Any]) -> dict[str, Any]:
     model, frozen = loaded(world, folder, extra), loaded(world, folder, extra, trains=False)
     found: dict[str, Any] = {"hooks": (hooks_of(model), hooks_of(frozen)), "norms": [], "losses": []}
+    found["near"] = None if model._whole is None else model._whole._runs[0]._near is not None
     for step in range(2):
         batch = token_batch(step).select(world.share(ROWS))
         found["losses"].append(float(model.accumulate(language_loss, batch)["loss"]))
@@ -63,13 +73,13 @@ def what_it_computes(world: World, folder: str, extra: dict[str, Any]) -> dict[s
     return found
 
 
-@pytest.mark.parametrize("extra", [WHOLE, SOME_KEPT])
-def test_as_with_hooks(
-    three_ranks: WorkerGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("extra", "near"), [(WHOLE, True), (SOME_KEPT, True), (SOME_KEPT, False)])
+def test_as_with_hooks(three_ranks: WorkerGroup, tmp_path: Path, extra: dict[str, Any], near: bool) -> None:
     """131 x 32 weights are not a multiple of three ranks."""
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    theirs, ours = (three_ranks.run(what_it_computes, folder, more) for more in (HOOKS, extra))
+    theirs = three_ranks.run(what_it_computes, folder, HOOKS)
+    ours = three_ranks.run(what_it_computes, folder, extra, near)
+    assert {found["near"] for found in ours} == {near}
     for with_hooks, without in zip(theirs, ours, strict=True):
         assert min(with_hooks["hooks"]) > 40
         assert without["hooks"] == (4, 4)  # two are those of DeepSpeed's engine
@@ -85,7 +95,10 @@ def collectives(world: World, folder: str, extra: dict[str, Any], at_once: int) 
     """How many a loss of three micro-batches needs for its weights, and the loss."""
     import torch.distributed as dist
 
-    model, count, own = loaded(world, folder, extra), 0, dist.all_gather_into_tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "neighbours", lambda world: None)
+        model = loaded(world, folder, extra)
+    count, own = 0, dist.all_gather_into_tensor
     assert model.packs  # is found out by forwards of its own
 
     def counted(*args: Any, **more: Any) -> Any:
