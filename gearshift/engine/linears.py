@@ -33,12 +33,12 @@ class _Linear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (rows @ weight).view(*gradient.shape[:-1], weight.shape[1])
-        dweight = None if x is None else _weight_gradient(weight, rows, x.reshape(-1, x.shape[-1]))
+        dweight = None if x is None else weight_gradient(weight, rows, x.reshape(-1, x.shape[-1]))
         return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _weight_gradient(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor | None:
-    """rows [T, O], x [T, I] -> [O, I], or None where it has joined a sum."""
+def weight_gradient(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor | None:
+    """Of `x Wᵀ`, whose gradient is `rows`: rows [T, O], x [T, I] -> [O, I], or None where it has joined a sum."""
     total = sum_for(weight, rows, x)
     if total is None:
         return rows.t() @ x
@@ -82,6 +82,11 @@ def bind_linears(module: nn.Module) -> None:
             layer.forward = types.MethodType(_forward, layer)
         elif type(layer).forward is nn.Embedding.forward and _is_plain(layer):
             layer.forward = types.MethodType(_embed, layer)
+
+
+def is_bound(layer: nn.Module) -> bool:
+    """Whether its forward is the one of here."""
+    return getattr(layer.forward, "__func__", None) is _forward
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from gearshift.engine.gradients import GradientSums
 from gearshift.engine.linears import bind_linears
 from gearshift.engine.packing import Packed, Padded, keeps_apart
 from gearshift.engine.saving import save_pretrained
+from gearshift.engine.siblings import bind_siblings
 from gearshift.engine.spans import span
 from gearshift.engine.whole import WholeWeights
 from gearshift.errors import NotFinite, SettingError, UserError, one_line
@@ -180,6 +181,8 @@ class ZeroModel:
             config=zero3_config(world, self.dtype, training, deepspeed_extra or {}),
         )[0]
         self._whole = WholeWeights.of(self.engine, world)
+        if self._whole is not None:
+            bind_siblings(module)
         self._sums: GradientSums | None = None
         if training:
             # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.
