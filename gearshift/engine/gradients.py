@@ -61,14 +61,15 @@ class GradientSums:
 
     @classmethod
     def of(cls, optimizer: Any, world: World) -> GradientSums | None:
-        """None where DeepSpeed's way is kept: its bucket is too small, the optimizer's state is on the host, or its
-        config has gradients without a bucket, quantized, or added up in another type than fp32."""
+        """None where DeepSpeed's way is kept: its bucket is too small, the optimizer's state is on the host, ranks are
+        cut into groups, or its config has gradients without a bucket, quantized, or added up in another type than fp32.
+        """
         ranks = dist.get_world_size(optimizer.dp_process_group)
         shard = sum(p.partition_numel() for group in optimizer.fp16_groups for p in group)
         fits = ranks == 1 or ranks * shard <= optimizer.reduce_bucket_size
         types = {optimizer.gradient_accumulation_dtype, *optimizer.ipg_buckets}
         plain = optimizer.contiguous_gradients and optimizer.all2all_process_group is None
-        here = types == {torch.float32} and not optimizer.offload_optimizer
+        here = types == {torch.float32} and not optimizer.offload_optimizer and ranks == world.size
         return cls(optimizer, neighbours(world)) if fits and plain and here else None
 
     def begin(self) -> Tensor:

@@ -11,7 +11,9 @@ import mmap
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,10 +65,15 @@ class Neighbours:
             torch.sum(parts[:, self.rank], 0, out=own[start:stop])
 
     def meet(self) -> None:
-        """Waits until all are here. Raises ConnectionError where one has ended."""
+        """Waits until all are here. Raises ConnectionError where one has ended, or does not come in the time that any
+        other collective has."""
+        from deepspeed.constants import default_pg_timeout
+
         arrive, wait = native.function("arrive", "pi"), native.function("await", "pii")
-        round_ = arrive(self._meeting, self.size)
+        round_, end = arrive(self._meeting, self.size), time.monotonic() + default_pg_timeout.total_seconds()
         while not wait(self._meeting, round_, _PATIENCE):
+            if time.monotonic() > end:
+                raise ConnectionError(f"rank {self.rank} has waited for the others for {default_pg_timeout}")
             for rank, process in enumerate(self._processes):
                 if not _is_alive(process):
                     raise ConnectionError(f"rank {rank} has ended, rank {self.rank} waits for it")
@@ -79,11 +86,12 @@ class Neighbours:
 
 def neighbours(world: World) -> Neighbours | None:
     """None where ranks are on several hosts or compute on GPUs, or cannot share memory. The first time collective."""
-    return _neighbours(world.rank, world.size, world.local_size, world.device.type)
+    return _neighbours(dist.group.WORLD, world.rank, world.size, world.local_size, world.device.type)
 
 
 @functools.cache
-def _neighbours(rank: int, size: int, local_size: int, device: str) -> Neighbours | None:
+def _neighbours(group: Any, rank: int, size: int, local_size: int, device: str) -> Neighbours | None:
+    """Of the ranks of `group`, all."""
     if size == 1 or size != local_size or device != "cpu":
         return None
     bytes_ = _HEAD + 2 * CHUNK // size // 64 * 64 * size
@@ -93,10 +101,10 @@ def _neighbours(rank: int, size: int, local_size: int, device: str) -> Neighbour
         os.ftruncate(descriptor, bytes_)
         os.pwrite(descriptor, nonce, _HEAD - len(nonce))
     told: list[tuple[int, int, bytes]] = [(0, 0, b"")] * size
-    dist.all_gather_object(told, (os.getpid(), descriptor, nonce))
+    dist.all_gather_object(told, (os.getpid(), descriptor, nonce), group=group)
     memory = _opened(told[0], bytes_) if _can_share() else None
     shared: list[bool] = [False] * size
-    dist.all_gather_object(shared, memory is not None)
+    dist.all_gather_object(shared, memory is not None, group=group)
     if descriptor >= 0:
         os.close(descriptor)  # who has mapped it keeps it, and nobody else finds it
     if memory is None or not all(shared):

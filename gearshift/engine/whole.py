@@ -41,11 +41,18 @@ class WholeWeights:
     @classmethod
     def of(cls, engine: Any, world: World) -> WholeWeights | None:
         """None, and DeepSpeed's hooks stay, where its weights are more than `stage3_prefetch_bucket_size` elements, or
-        are not plainly cut over all ranks."""
+        are not plainly cut over all ranks of the world."""
         parameters = list(engine.module.parameters())
         quantized = engine.zero_quantized_weights() or engine.zero_quantized_nontrainable_weights()
-        alike = len({(id(p.ds_process_group), p.dtype) for p in parameters}) == 1
-        plain = alike and not quantized and not engine.zero_offload_param() and engine.zero_hpz_partition_size() == 1
+        alike = len({p.dtype for p in parameters}) == 1
+        everywhere = all(dist.get_world_size(p.ds_process_group) == world.size for p in parameters)
+        plain = (
+            alike
+            and everywhere
+            and not quantized
+            and not engine.zero_offload_param()
+            and engine.zero_hpz_partition_size() == 1
+        )
         away = sum(p.ds_numel for p in parameters if not p.ds_persist)
         if not plain or away > engine.zero_prefetch_bucket_size():
             return None
@@ -142,8 +149,10 @@ class _Run:
 
 
 def _runs(parameters: list[Any], near: Neighbours | None) -> list[_Run]:
-    """In the same order on all ranks. Shards that are alone in their memory, as frozen ones are, are laid together."""
-    alone = [p for p in parameters if p.ds_tensor.untyped_storage().nbytes() == p.ds_tensor.nbytes]
+    """In the same order on all ranks. Frozen shards, which are alone in their memory, are laid together; others lie in
+    the optimizer's."""
+    frozen = (p for p in parameters if not p.requires_grad)
+    alone = [p for p in frozen if p.ds_tensor.untyped_storage().nbytes() == p.ds_tensor.nbytes]
     if alone:
         joined = torch.cat([p.ds_tensor for p in alone])
         for p, part in zip(alone, joined.split([p.ds_tensor.numel() for p in alone]), strict=True):

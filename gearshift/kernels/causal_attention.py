@@ -19,16 +19,18 @@ LANES = 16  # numbers of a vector: sizes of heads are multiples of it
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the compiled library can take such heads."""
     sizes = q.shape[-1] % LANES == 0 == v.shape[-1] % LANES and q.shape[-1] == k.shape[-1]
-    return native.serves(q, k, v) and sizes and q.shape[-2] % max(1, k.shape[-2]) == 0
+    heads = q.shape[-2] % max(1, k.shape[-2]) == 0 and k.shape[-2] == v.shape[-2]
+    return native.serves(q, k, v) and sizes and heads
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: float) -> Tensor:
     """softmax(scaling · q Kᵀ) V of each token over those of its sequence up to itself; differentiable.
 
-    q `[N, h, D]`, k `[N, k, D]`, v `[N, k, E]`, fp32; `lengths` of the sequences, which add up to N; every h / k query
-    heads share a head of keys and values -> `[N, h, E]`. Of `lengths` and the inputs of a sequence alone depend its
-    results, to the bit. The library must be there (`serves`).
+    q `[N, h, D]`, k `[N, k, D]`, v `[N, k, E]`, fp32; `lengths` of the sequences, which add up to N; `scaling` above 0;
+    every h / k query heads share a head of keys and values -> `[N, h, E]`. Of `lengths` and the inputs of a sequence
+    alone depend its results, to the bit. The library must be there (`serves`).
     """
+    checks.require_above(0.0, scaling=scaling)
     checks.require(sum(lengths) == len(q) == len(k) == len(v), f"sequences of {lengths} tokens, {len(q)} queries")
     found: Tensor = _CausalAttention.apply(q, k, v, lengths, scaling)
     return found

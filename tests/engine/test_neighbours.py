@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def shared(world: World) -> near.Neighbours:
     """Anew, with small chunks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near, "CHUNK", SMALL)
-        found = near._neighbours.__wrapped__(world.rank, world.size, world.local_size, world.device.type)
+        found = near._neighbours.__wrapped__(
+            dist.group.WORLD, world.rank, world.size, world.local_size, world.device.type
+        )
     assert found is not None
     return found
 
@@ -101,9 +104,9 @@ def out_of_sight(world: World) -> list[bool]:
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == world.size - 1:
             patch.setattr(near, "_opened", lambda told, size: None)
-        one = near._neighbours.__wrapped__(world.rank, world.size, world.local_size, "cpu")
+        one = near._neighbours.__wrapped__(dist.group.WORLD, world.rank, world.size, world.local_size, "cpu")
     elsewhere = near.neighbours(replace(world, local_size=1))
-    return [one is not None, elsewhere is not None, near._neighbours(world.rank, 3, 3, "cuda") is not None]
+    return [one is not None, elsewhere is not None, near._neighbours(None, world.rank, 3, 3, "cuda") is not None]
 
 
 def test_all_share_or_none(three_ranks: WorkerGroup) -> None:
@@ -129,6 +132,25 @@ def test_who_waits_for_a_rank_that_has_ended_is_told(three_ranks: WorkerGroup) -
     assert told == ["rank 2 has ended, rank 0 waits for it", "rank 2 has ended, rank 1 waits for it", ""]
     assert not near._is_alive(process.pid)
     assert near._is_alive(os.getpid())
+
+
+def without_the_last(world: World) -> str:
+    """It lives, and does not come."""
+    import deepspeed.constants
+
+    group = shared(world)
+    if world.rank == world.size - 1:
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.constants, "default_pg_timeout", timedelta(seconds=1))
+        with pytest.raises(ConnectionError) as told:
+            group.meet()
+    return str(told.value)
+
+
+def test_nobody_waits_for_ever(three_ranks: WorkerGroup) -> None:
+    told = three_ranks.run(without_the_last)
+    assert told == [f"rank {rank} has waited for the others for 0:00:01" for rank in (0, 1)] + [""]
 
 
 def test_the_library_is_told_of_time() -> None:

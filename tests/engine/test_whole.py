@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,21 @@ def has_hooks(world: World, folder: str, extra: dict[str, Any]) -> bool:
 def test_deepspeeds_hooks_stay(three_ranks: WorkerGroup, tmp_path: Path, more: dict[str, Any]) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
     assert all(three_ranks.run(has_hooks, folder, {"zero_optimization": CUT | more}))
+
+
+def in_groups(world: World, folder: str) -> list[bool]:
+    """Whether weights come in one piece and gradients are summed where parameters are cut over fewer ranks than all."""
+    model, larger = loaded(world, folder, WHOLE), replace(world, size=world.size + 1)
+    ways = (
+        pieces.WholeWeights.of(model.engine, larger),
+        gradients.GradientSums.of(model.engine.optimizer, larger),
+    )
+    return [way is not None for way in ways]
+
+
+def test_ranks_that_are_cut_into_groups_keep_deepspeeds_way(three_ranks: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert three_ranks.run(in_groups, folder) == [[False, False]] * 3
 
 
 def test_one_rank_has_none(one_rank: WorkerGroup, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_what_is_no_number_stays_none() -> None:
         ((4, 2, 24), (4, 2, 24), (4, 2, 16)),  # a head of no whole vectors
         ((4, 3, 16), (4, 2, 16), (4, 2, 16)),  # heads that are no multiple
         ((4, 2, 16), (4, 2, 32), (4, 2, 16)),  # a key that is no query's
+        ((4, 2, 16), (4, 2, 16), (4, 1, 16)),  # keys without a value
     ],
 )
 def test_what_it_does_not_serve(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
@@ -92,10 +93,12 @@ def test_what_it_does_not_serve(q: tuple[int, ...], k: tuple[int, ...], v: tuple
     assert not serves(*(torch.zeros(4, 2, 16, dtype=torch.bfloat16) for _ in range(3)))
 
 
-def test_lengths_are_those_of_the_tokens() -> None:
+def test_what_cannot_be_is_told() -> None:
     inputs = states([5], 2, 2, 16, 16)
     with pytest.raises(ValueError, match=r"sequences of \[3\] tokens, 5 queries"):
         causal_attention(*inputs, [3], 1.0)
+    with pytest.raises(ValueError, match="scaling must be above 0"):
+        causal_attention(*inputs, [5], 0.0)
 
 
 def test_on_no_device_shapes_alone() -> None:

@@ -24,6 +24,11 @@ def test_any_type_and_any_stride() -> None:
     assert float(squared_norm(x[::3])) == pytest.approx(9 + 36 + 81)
 
 
+def test_squares_below_fp32() -> None:
+    assert float(squared_norm(torch.full((1000,), 1e-21))) == pytest.approx(1e-39, rel=1e-6)
+    assert float(squared_norm(torch.zeros(1000))) == 0
+
+
 def test_squares_past_fp32() -> None:
     x = torch.full((70_000,), 1e25)
     assert float(squared_norm(x)) == pytest.approx(7e54, rel=1e-6)
