@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # The repository in place of this folder, whose `kernels` would hide Hugging Face's package of that name.
 if sys.path[0] == str(Path(__file__).resolve().parent):
@@ -29,6 +30,8 @@ import torch.distributed as dist
 from benchmarks.plan_runs import CALIBRATED, CHECKED, Quiet, Size, make_run
 from gearshift.engine import World, init_distributed
 from gearshift.engine.loading import config_of
+from gearshift.engine.memory import Scratch
+from gearshift.engine.neighbours import neighbours
 from gearshift.launch.planner.live import LiveBytes
 from gearshift.launch.planner.ppo import PpoPlan, Shapes
 from gearshift.rlhf.ppo import Ppo
@@ -97,7 +100,9 @@ def predict(config: PpoConfig, world: World) -> PpoPlan:
 def measure(config: PpoConfig, world: World) -> dict[str, int]:
     """Peaks of a run's phases, in the largest of its iterations and on the rank that has most."""
     live = LiveBytes()
-    with live:
+    if (shared := neighbours(world)) is not None:
+        live.ignore(shared.parts)  # there is none of it where ranks compute on GPUs
+    with live, mock.patch.object(Scratch, "by_pages", False):
         data = PpoData.load(config, world, Quiet())
         run = Ppo(config, world, load_models(config, world, data), data, Quiet())
         peaks: dict[str, int] = {}

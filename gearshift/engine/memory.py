@@ -42,13 +42,16 @@ class Scratch:
     """A tensor's memory, all of its storage, which is there now and then: the tensor and its views stay what they are.
 
     What it held is lost. On a GPU nothing may read it between `release` and `take`; on a CPU its pages go back to the
-    system, and come again when somebody touches them.
+    system, and come again when somebody touches them (`by_pages`; if that is off, a CPU's go as a GPU's, for who counts
+    tensors).
     """
+
+    by_pages = True
 
     def __init__(self, tensor: Tensor):
         self._storage = tensor.untyped_storage()
         self._size, self._there = self._storage.nbytes(), True
-        self._on_host = tensor.device.type == "cpu"
+        self._on_host = tensor.device.type == "cpu" and self.by_pages
         if self._on_host:
             _advise(self._storage, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
 

@@ -28,20 +28,23 @@ _PATIENCE = 1000  # milliseconds before a rank looks whether the others live
 
 
 class Neighbours:
-    """The ranks of a world on one host. What one of them calls all call, with tensors of the same sizes."""
+    """The ranks of a world on one host. What one of them calls all call, with tensors of the same sizes.
+
+    `parts [2, N, bytes]`: the shared memory, each rank's part of two chunks.
+    """
 
     def __init__(self, rank: int, memory: mmap.mmap, processes: list[int]):
         self.rank, self.size, self._processes = rank, len(processes), processes
         self._memory = memory  # stays for as long as tensors see it
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._meeting = whole.data_ptr()
-        self._parts = whole[_HEAD:].view(2, self.size, -1)
+        self.parts = whole[_HEAD:].view(2, self.size, -1)
         self._turn = 0  # which of the two chunks is next
 
     @property
     def part_bytes(self) -> int:
         """Of one rank's part of a chunk."""
-        return self._parts.shape[2]
+        return self.parts.shape[2]
 
     def gathered(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Of flat tensors `[n]` of all ranks, chunk by chunk: where it starts, and `[N, C]` of it, to be read before
@@ -81,7 +84,7 @@ class Neighbours:
     def _next(self, dtype: torch.dtype) -> Tensor:
         """[N, part]: nobody reads it any more, since all have met after what was read in it."""
         self._turn = 1 - self._turn
-        return self._parts[self._turn].view(dtype)
+        return self.parts[self._turn].view(dtype)
 
 
 def neighbours(world: World) -> Neighbours | None:

@@ -81,8 +81,8 @@ def test_scratch_memory_comes_and_goes() -> None:
 def test_on_a_device_of_its_own_a_storage_is_empty_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     tensor = torch.ones(1000)
+    monkeypatch.setattr(Scratch, "by_pages", False)
     memory = Scratch(tensor)
-    monkeypatch.setattr(memory, "_on_host", False)
     memory.release()
     assert tensor.untyped_storage().nbytes() == 0
     assert memory.take()
