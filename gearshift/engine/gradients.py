@@ -36,7 +36,7 @@ class GradientSums:
     def __init__(self, optimizer: Any, near: Neighbours | None):
         self._near = near
         self._optimizer, self._group = optimizer, optimizer.dp_process_group
-        self._ranks, self._rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        self._ranks = dist.get_world_size(self._group)
         self._parameters = [p for group in optimizer.fp16_groups for p in group]
         self._starts: dict[int, int] = {}  # ds_id -> where the parameter's part of the shard begins
         self._length = 0
@@ -47,9 +47,8 @@ class GradientSums:
         self._reduced = False  # since the last step
         optimizer.ipg_buckets[torch.float32].buffer = self._shard().new_empty(0)  # DeepSpeed's, for the same
         sums = self._shard() if self._ranks == 1 else self._shard().new_empty(self._ranks * self._length)
-        self._sums = sums.view(
-            self._ranks, self._length
-        )  # this rank's gradients, row by row in the shards of all ranks
+        # [N, P]: this rank's gradients, row by row in the shards of all ranks.
+        self._sums = sums.view(self._ranks, self._length)
         self._memory = [Scratch(t) for t in {id(t): t for t in (self._shard(), sums)}.values()]
         for parameter in self._parameters:
             if (own := _Sum.of(self, parameter)) is not None:
@@ -72,11 +71,10 @@ class GradientSums:
         here = types == {torch.float32} and not optimizer.offload_optimizer and ranks == world.size
         return cls(optimizer, neighbours(world)) if fits and plain and here else None
 
-    def begin(self) -> Tensor:
-        """[N, P]: the sums, of which those of parameters that are not `seen` hold anything."""
+    def begin(self) -> None:
+        """There is memory for sums; those of parameters that are not `seen` hold anything."""
         if self._memory[-1].take():
             self._clear_gaps()
-        return self._sums
 
     def release(self) -> None:
         """A step was taken: its gradients are gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,19 @@ def check_shards(module: Any, ranks: int) -> None:
 def held_names(module: Any) -> set[str]:
     """Parameters that every rank keeps whole between steps: those within `stage3_param_persistence_threshold`."""
     return {name for name, parameter in _plain_parameters(module) if parameter.ds_persist}
+
+
+def has_own_memory(parameter: Any) -> bool:
+    """Its shard shares its memory with no other: those of frozen parameters do not, those of an optimizer's do."""
+    shard: Tensor = parameter.ds_tensor
+    return shard.untyped_storage().nbytes() == shard.nbytes
+
+
+def lay_together(parameters: Sequence[Any]) -> None:
+    """Shards that have memory of their own, one after the other in one piece of it."""
+    shards = [parameter.ds_tensor for parameter in parameters]
+    for shard, part in zip(shards, torch.cat(shards).split([shard.numel() for shard in shards]), strict=True):
+        shard.data = part
 
 
 def weights_in_place(module: Any, device: torch.device) -> dict[str, Tensor] | None:

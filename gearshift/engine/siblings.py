@@ -2,8 +2,8 @@
 
 A model calls its projections of queries, keys and values, and those of a gate and what it opens, one after the other
 with the same tensor. Whichever is called first computes all of them here: with one sum of the input's gradient, which
-each product joins, and queries, keys and values as one product where their weights lie side by side. Letters: T tokens,
-I inputs, O outputs.
+each product joins, and queries, keys and values as one product where their weights lie side by side. Letters: I inputs,
+O outputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from gearshift.engine.linears import is_bound, weight_gradient
+from gearshift.engine.sharded import has_own_memory, lay_together
 
 # Their names, and whether results may be parts of wider rows: heads are read row by row, while SwiGLU would copy them.
 GROUPS = ((("q_proj", "k_proj", "v_proj"), True), (("gate_proj", "up_proj"), False))
@@ -50,8 +51,10 @@ class _Siblings:
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
         self._agree = True  # so far each input was given to all of them
-        if joins:
-            _lay_together([layer.weight for layer in layers])
+        weights = [layer.weight for layer in layers]
+        # Those that are there already would stay where they are.
+        if joins and not any(w.numel() for w in weights) and all(map(has_own_memory, weights)):
+            lay_together(weights)
         for number, layer in enumerate(layers):
             layer.forward = types.MethodType(self._forward_of(number, layer.forward), layer)  # type: ignore[method-assign]
 
@@ -108,17 +111,6 @@ class _Together(torch.autograd.Function):
             for weight, gradient, asked in zip(weights, rows, wanted, strict=True)
         )
         return dx, None, *found
-
-
-def _lay_together(weights: list[Any]) -> None:
-    """Shards that have memory of their own, as those of frozen weights do, one after the other in memory."""
-    shards = [weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor")]
-    own_memory = all(shard.untyped_storage().nbytes() == shard.nbytes for shard in shards)
-    if len(shards) < len(weights) or not own_memory or any(weight.numel() for weight in weights):
-        return  # or they are there already, and would stay where they are
-    parts = torch.cat(shards).split([shard.numel() for shard in shards])
-    for shard, part in zip(shards, parts, strict=True):
-        shard.data = part
 
 
 def _side_by_side(weights: tuple[Tensor, ...]) -> Tensor | None:

@@ -4,7 +4,7 @@ DeepSpeed gathers a module's weights when the module is called, through hooks be
 pass. A model that is so small that it would be fetched ahead as a whole has its weights gathered once here, for as many
 micro-batches as follow, and no such hooks. On one rank nothing comes or goes, and the hooks would find nothing to do.
 
-Letters: N ranks, P elements of a rank's shards.
+Letters: N ranks, n elements of a chunk of a rank's shards.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from gearshift.engine.distributed import World
 from gearshift.engine.memory import Scratch
 from gearshift.engine.neighbours import Neighbours, neighbours
+from gearshift.engine.sharded import has_own_memory, lay_together
 
 AT_ONCE = 1 << 21  # elements that a collective leaves before each weight takes its own
 _ALIGNED = 64  # elements: where a weight may begin
@@ -151,12 +152,9 @@ class _Run:
 def _runs(parameters: list[Any], near: Neighbours | None) -> list[_Run]:
     """In the same order on all ranks. Frozen shards, which are alone in their memory, are laid together; others lie in
     the optimizer's."""
-    frozen = (p for p in parameters if not p.requires_grad)
-    alone = [p for p in frozen if p.ds_tensor.untyped_storage().nbytes() == p.ds_tensor.nbytes]
+    alone = [p for p in parameters if not p.requires_grad and has_own_memory(p)]
     if alone:
-        joined = torch.cat([p.ds_tensor for p in alone])
-        for p, part in zip(alone, joined.split([p.ds_tensor.numel() for p in alone]), strict=True):
-            p.ds_tensor.data = part
+        lay_together(alone)
     pieces: dict[int, list[Any]] = {}
     for p in parameters:
         pieces.setdefault(p.ds_tensor.untyped_storage().data_ptr(), []).append(p)

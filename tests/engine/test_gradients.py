@@ -191,6 +191,24 @@ def test_gradients_take_memory_until_the_step(one_rank: WorkerGroup, three_ranks
     assert once == twice == within // 3
 
 
+def from_what_memory_held(world: World, folder: str) -> bool:
+    """Whether all of the rank's part is a number, where memory held none before, also what rounding up leaves."""
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=2, training=Training(learning_rate=0.1)
+    )
+    sums = model._sums
+    assert sums is not None
+    sums._sums.fill_(torch.nan)
+    model.accumulate(language_loss, token_batch().select(world.share(ROWS)))
+    return bool(model.engine.optimizer.grad_partitions_flat_buffer.isfinite().all())
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "three_ranks"])
+def test_what_memory_held_is_no_part_of_a_gradient(request: pytest.FixtureRequest, tmp_path: Path, ranks: str) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    assert all(request.getfixturevalue(ranks).run(from_what_memory_held, folder))
+
+
 def step_without_a_loss(world: World, folder: str) -> float:
     """After one with: nothing of its gradient is left."""
     model = CausalModel.load(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gearshift.engine import HybridEngine, Prompts, Rollouts, Sampling, Training, World, hybrid
+from gearshift.engine.settings import LoraSettings
 from tests.engine.recording import Again, Recording, torch_only
 from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
@@ -65,6 +66,53 @@ def replica_is_gathered(policy: HybridEngine) -> bool:
     for name, whole in gathered_parameters(policy.module):
         same &= torch.equal(replica.layout.splits[name].cut(whole, replica.group.rank), replica.slices[name])
     return same
+
+
+def in_place(world: World, folder: str, more: dict[str, Any]) -> dict[str, Any]:
+    """Of one rank: whether rollouts read ZeRO-3's own weights, over a step and after these have moved; and gaps."""
+    policy = _policy(world, folder, 1, Training(learning_rate=1e-2), **more)
+    sampling = Sampling(max_new_tokens=8, eos_ids=(), seed=3)
+    found: dict[str, Any] = {"gaps": [], "same": [], "gears": set()}
+    for turn in range(3):
+        if turn == 2:  # as nothing here does, but a version of DeepSpeed may
+            for p in policy.module.parameters():
+                p.ds_tensor.data = p.ds_tensor.clone()
+                p.data = p.ds_tensor.view(p.ds_shape)
+        with policy.rollout() as generator:
+            rollouts = generator.generate(some_prompts(4), sampling)
+            found["gears"].add(id(policy._gear_of))
+            read = {t.data_ptr() for t in policy._replica.slices.values()}  # type: ignore[union-attr]
+            found["same"].append(read == {p.ds_tensor.data_ptr() for p in policy.module.parameters()})
+        found["shift"] = (policy._shift is not None, policy.shift_seconds, policy.shift_bytes)
+        found["gaps"].append(float((policy.logprobs(rollouts) - rollouts.logprobs).abs().max()))
+        if turn < 2:
+            policy.accumulate(nll, rollouts)
+            policy.step()
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"keep_weights": False}, {"dtype": torch.bfloat16}])
+def test_one_rank_reads_its_weights_where_they_are(one_rank: WorkerGroup, tmp_path: Path, more: dict[str, Any]) -> None:
+    """Nothing is copied, and rollouts are of the newest weights; where these have moved, it looks again."""
+    found = one_rank.run(in_place, str(save_tiny("llama", tmp_path / "llama")), more)[0]
+    assert found["same"] == [True] * 3
+    assert found["shift"] == (False, 0.0, 0)
+    assert len(found["gears"]) == 2
+    assert max(found["gaps"]) <= (0.1 if "dtype" in more else 1e-5)
+
+
+def with_adapters(world: World, folder: str) -> tuple[bool, float]:
+    """A copy has to be made, of weights with adapters merged."""
+    policy = _policy(world, folder, 1, Training(learning_rate=1e-2), lora=LoraSettings(rank=2))
+    with policy.rollout() as generator:
+        rollouts = generator.generate(some_prompts(4), Sampling(max_new_tokens=8, eos_ids=(), seed=3))
+    return policy._shift is not None, float((policy.logprobs(rollouts) - rollouts.logprobs).abs().max())
+
+
+def test_one_rank_with_adapters_shifts(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    shifts, gap = one_rank.run(with_adapters, str(save_tiny("llama", tmp_path / "llama")))[0]
+    assert shifts
+    assert gap <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -143,6 +143,7 @@ def forwards_alone(world: World, folder: str) -> dict[str, Any]:
         model._sums.reduce()
     model.step()
     found["step"] = there(model)
+    found["memory"] = sum(run._memory.bytes for run in model._whole._runs)  # type: ignore[union-attr]
     found["moved"] = float((model.hidden_states(tokens) - before).abs().max())
     return found
 
@@ -152,6 +153,7 @@ def test_a_forward_on_its_own(three_ranks: WorkerGroup, tmp_path: Path) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
     for found in three_ranks.run(forwards_alone, folder):
         assert found["frozen"] == found["no backward"] == found["step"] == set()
+        assert found["memory"] == 0
         assert len(found["backward"]) == 21
         assert found["moved"] > 1e-3
 

@@ -16,7 +16,6 @@
 #define BLOCK 48 /* queries whose weights are held at once */
 
 static const lanes LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-static const whole_lanes NUMBER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 INLINE int64_t whole(int64_t count)
 {
@@ -135,35 +134,6 @@ static float *memory_for(int64_t count)
     return found;
 }
 
-/* Every lane has what another one had, `step` away. */
-INLINE lanes turned(lanes x, const int step)
-{
-    return __builtin_shuffle(x, NUMBER ^ step);
-}
-
-INLINE float sum_of(lanes x)
-{
-    x += turned(x, 8);
-    x += turned(x, 4);
-    x += turned(x, 2);
-    x += turned(x, 1);
-    return x[0];
-}
-
-INLINE lanes larger(lanes a, lanes b)
-{
-    return choose(a > b, a, b);
-}
-
-INLINE float largest_of(lanes x)
-{
-    x = larger(x, turned(x, 8));
-    x = larger(x, turned(x, 4));
-    x = larger(x, turned(x, 2));
-    x = larger(x, turned(x, 1));
-    return x[0];
-}
-
 /* All of a head's sequences lie in N rows one after the other: sequence s has rows starts[s] to starts[s + 1] - 1.
  * query [N, heads, key_size], key [N, kv_heads, key_size], value [N, kv_heads, value_size]: rows and heads lie as far
  * apart as told. Sizes are multiples of LANES. */
@@ -223,14 +193,14 @@ INLINE float exponentials(float *scores, int64_t seen, int64_t end, float scalin
         hide(scores, j, seen, -INFINITY);
     for (int64_t j = 0; j < end; j += LANES)
         largest = larger(*(const lanes *)(scores + j), largest);
-    float highest = largest_of(largest);
+    float highest = largest_lane(largest);
     for (int64_t j = 0; j < end; j += LANES)
         *(lanes *)(scores + j) = exp_of((*(const lanes *)(scores + j) - highest) * scaling);
     for (int64_t j = seen / LANES * LANES; j < end; j += LANES)
         hide(scores, j, seen, 0.0f);
     for (int64_t j = 0; j < end; j += LANES)
         sums += *(const lanes *)(scores + j);
-    *total = sum_of(sums);
+    *total = sum_of_lanes(sums);
     return highest * scaling;
 }
 
@@ -298,7 +268,7 @@ INLINE void slopes_of(
         lanes sums = {0};
         for (int64_t d = 0; d < of->value_size; d += LANES)
             sums += *(const lanes *)(out + d) * *(const lanes *)(dout + d);
-        float along = sum_of(sums);
+        float along = sum_of_lanes(sums);
         for (int64_t j = 0; j < end; j += LANES)
             *(lanes *)(weight + j) = exp_of(*(const lanes *)(weight + j) * scaling - given->log_sums[at]);
         for (int64_t j = seen / LANES * LANES; j < end; j += LANES)

@@ -30,30 +30,13 @@ struct draw {
     float *told;           /* [2, rows]: token and log-prob, or 0 where another rank owns the token */
 };
 
-INLINE float largest_of(const float *logits, int64_t tokens)
-{
-    lanes most = (lanes){0} - INFINITY;
-    int64_t k = 0;
-    for (; k + LANES <= tokens; k += LANES) {
-        lanes here = load(logits + k, LANES);
-        most = choose(here > most, here, most);
-    }
-    float largest = -INFINITY;
-    for (int lane = 0; lane < LANES; lane++)
-        largest = most[lane] > largest ? most[lane] : largest;
-    for (; k < tokens; k++)
-        largest = logits[k] > largest ? logits[k] : largest;
-    return largest;
-}
-
 /* e^(logit - largest), 0 where that is less than 2e-38; `largest` may be that of no possible token, -inf. */
 INLINE lanes weights_of(const float *logits, int64_t count, float largest)
 {
     lanes below = load(logits, count) - (largest > -FLT_MAX ? largest : -FLT_MAX);
     lanes weights = choose(below < -87.0f, (lanes){0}, exp_of(below));
     if (count < LANES)
-        weights = choose((whole_lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < (int32_t)count, weights,
-                         (lanes){0});
+        weights = choose(NUMBER < (int32_t)count, weights, (lanes){0});
     return weights;
 }
 

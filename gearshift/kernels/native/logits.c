@@ -8,28 +8,6 @@
 
 #define FEW 16 /* vectors that are added up before they join the rest: sums of as many numbers lose next to nothing */
 
-/* The columns from `at`, of which there are `count` in all: past the last one they are `rest`. */
-INLINE lanes columns_of(const float *row, int64_t at, int64_t count, float rest)
-{
-    const whole_lanes number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    if (at + LANES <= count)
-        return *(const lanes *)(row + at);
-    return choose(number < (int32_t)(count - at), load(row + at, count - at), (lanes){0} + rest);
-}
-
-INLINE float largest(const float *row, int64_t count)
-{
-    lanes found = (lanes){0} - INFINITY;
-    for (int64_t at = 0; at < count; at += LANES) {
-        lanes next = columns_of(row, at, count, -INFINITY);
-        found = choose(next > found, next, found);
-    }
-    float top = found[0];
-    for (int lane = 1; lane < LANES; lane++)
-        top = found[lane] > top ? found[lane] : top;
-    return top;
-}
-
 /* e^x of differences of at most 0; 0 where fp32 has no more than 2e-38 of it. In `x` those, so that 0 of them is 0. */
 INLINE lanes share_of(lanes *x)
 {
@@ -51,12 +29,12 @@ INLINE void states_of(const struct logit_states *given, int64_t token, const int
 {
     int64_t count = given->columns, column = given->column[token];
     const float *row = given->z + token * count;
-    float top = largest(row, count), base = top == -INFINITY ? 0.0f : top, *state = given->states + 4 * token;
+    float top = largest_of(row, count), base = top == -INFINITY ? 0.0f : top, *state = given->states + 4 * token;
     double total = 0, numerator = 0;
     for (int64_t start = 0; start < count; start += FEW * LANES) {
         lanes shares = {0}, weighted = {0};
         for (int64_t at = start; at < start + FEW * LANES && at < count; at += LANES) {
-            lanes gap = columns_of(row, at, count, -INFINITY) - base, share = share_of(&gap);
+            lanes gap = numbers_at(row, at, count, -INFINITY) - base, share = share_of(&gap);
             shares += share;
             if (entropy)
                 weighted += share * gap;
@@ -96,7 +74,7 @@ INLINE void gradients_of(const struct logit_gradients *given, int64_t token, con
     float *row = given->z + token * count, top = given->top[token], of_p = given->of_p[token];
     float of_plogp = entropy ? given->of_plogp[token] : 0.0f, centre = given->centre[token];
     for (int64_t at = 0; at < count; at += LANES) {
-        lanes gap = columns_of(row, at, count, -INFINITY) - top, share = share_of(&gap);
+        lanes gap = numbers_at(row, at, count, -INFINITY) - top, share = share_of(&gap);
         lanes slope = entropy ? of_p + of_plogp * (gap - centre) : of_p + (lanes){0};
         store(row + at, share * slope, count - at);
     }

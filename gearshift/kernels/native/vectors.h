@@ -2,6 +2,7 @@
 #ifndef GEARSHIFT_VECTORS_H
 #define GEARSHIFT_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -10,6 +11,8 @@
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 typedef int32_t whole_lanes __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4)));
+
+static const whole_lanes NUMBER __attribute__((unused)) = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* `low` where `where` is true (all bits set), else `high`. */
 INLINE lanes choose(whole_lanes where, lanes low, lanes high)
@@ -20,6 +23,35 @@ INLINE lanes choose(whole_lanes where, lanes low, lanes high)
 INLINE lanes magnitude(lanes x)
 {
     return (lanes)((whole_lanes)x & 0x7fffffff);
+}
+
+INLINE lanes larger(lanes a, lanes b)
+{
+    return choose(a > b, a, b);
+}
+
+/* Every lane has what another one had, `step` away. */
+INLINE lanes turned(lanes x, const int step)
+{
+    return __builtin_shuffle(x, NUMBER ^ step);
+}
+
+INLINE float sum_of_lanes(lanes x)
+{
+    x += turned(x, 8);
+    x += turned(x, 4);
+    x += turned(x, 2);
+    x += turned(x, 1);
+    return x[0];
+}
+
+INLINE float largest_lane(lanes x)
+{
+    x = larger(x, turned(x, 8));
+    x = larger(x, turned(x, 4));
+    x = larger(x, turned(x, 2));
+    x = larger(x, turned(x, 1));
+    return x[0];
 }
 
 /* exp of numbers of at most 0, to 2e-7 of the result: 2^n * e^r with |r| <= ln(2) / 2, e^r by its series. Below -87 the
@@ -53,6 +85,22 @@ INLINE lanes load(const float *from, int64_t count)
 INLINE void store(float *to, lanes vector, int64_t count)
 {
     memcpy(to, &vector, (size_t)(count < LANES ? count : LANES) * sizeof(float));
+}
+
+/* The numbers from `at`, of which there are `count` in all: past the last one they are `rest`. */
+INLINE lanes numbers_at(const float *row, int64_t at, int64_t count, float rest)
+{
+    if (at + LANES <= count)
+        return *(const lanes *)(row + at);
+    return choose(NUMBER < (int32_t)(count - at), load(row + at, count - at), (lanes){0} + rest);
+}
+
+INLINE float largest_of(const float *row, int64_t count)
+{
+    lanes found = (lanes){0} - INFINITY;
+    for (int64_t at = 0; at < count; at += LANES)
+        found = larger(numbers_at(row, at, count, -INFINITY), found);
+    return largest_lane(found);
 }
 
 #endif
