@@ -44,6 +44,8 @@ class GradientSums:
             self._starts[parameter.ds_id] = self._length
             self._length += parameter.partition_numel()
         self._seen: set[int] = set()  # parameters that have had a gradient since the last reduction (one rank: step)
+        self._touched: set[int] = set()  # that may have been written since the memory was there
+        self._rows: dict[int, list[Tensor]] = {}  # ds_id of a matrix of which nothing but these rows was written
         self._reduced = False  # since the last step
         optimizer.ipg_buckets[torch.float32].buffer = self._shard().new_empty(0)  # DeepSpeed's, for the same
         sums = self._shard() if self._ranks == 1 else self._shard().new_empty(self._ranks * self._length)
@@ -57,6 +59,7 @@ class GradientSums:
         optimizer.reduce_ready_partitions_and_remove_grads = self._add
         optimizer._prepare_fp32_grad_for_sub_group = self._hand_over
         optimizer._get_norm_groups = self._norms
+        optimizer.unscale_and_clip_grads = self._scale
 
     @classmethod
     def of(cls, optimizer: Any, world: World) -> GradientSums | None:
@@ -74,7 +77,38 @@ class GradientSums:
     def begin(self) -> None:
         """There is memory for sums; those of parameters that are not `seen` hold anything."""
         if self._memory[-1].take():
+            self._touched, self._rows = set(), {}
             self._clear_gaps()
+
+    def touch(self, parameter: Any) -> None:
+        """`begin`, and its sums will be written."""
+        self.begin()
+        self._touched.add(parameter.ds_id)
+        self._rows.pop(parameter.ds_id, None)
+
+    def touch_rows(self, parameter: Any, rows: Tensor) -> None:
+        """The same of rows [T] of a matrix, to which something will be added."""
+        self.begin()
+        if parameter.ds_id not in self._touched and self._expects(parameter, len(rows)):
+            self._rows[parameter.ds_id] = []
+        if not self.seen(parameter):
+            self.clear(parameter)
+        self._touched.add(parameter.ds_id)
+        if parameter.ds_id in self._rows:
+            self._rows[parameter.ds_id].append(rows)
+
+    def _expects(self, parameter: Any, rows: int) -> bool:
+        """Whether its sums are zeros of which writing so many rows will leave most without memory."""
+        memory, size = self._memory[-1], parameter.ds_shape[1] * self._sums.element_size()
+        few = [memory.expect(part, rows, size) for part in self.parts(parameter)]
+        return memory.comes_empty and all(few)
+
+    def clear(self, parameter: Any) -> None:
+        """Zeros for a parameter that is not `seen`."""
+        self.begin()
+        if not (self._memory[-1].comes_empty and parameter.ds_id not in self._touched):
+            for part in self.parts(parameter):
+                part.zero_()
 
     def release(self) -> None:
         """A step was taken: its gradients are gone."""
@@ -114,7 +148,7 @@ class GradientSums:
         gradient = parameter.grad
         if gradient is None or not getattr(parameter, "ds_grad_is_ready", True):
             return
-        self.begin()
+        self.touch(parameter)
         parts = list(self.parts(parameter))
         put = Tensor.add_ if self.seen(parameter) else Tensor.copy_
         for part, own in zip(parts, gradient.reshape(-1).split(len(parts[0])), strict=True):
@@ -149,11 +183,9 @@ class GradientSums:
         self._seen, self._reduced = set(), False
 
     def _clear_unseen(self) -> None:
-        self.begin()
         for parameter in self._parameters:
             if not self.seen(parameter):
-                for part in self.parts(parameter):
-                    part.zero_()
+                self.clear(parameter)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -177,6 +209,33 @@ class GradientSums:
         dist.all_reduce(squares, group=self._group)
         norms = squares.sqrt()
         return list(torch.where(norms.isfinite(), norms, -1.0))
+
+    @torch.no_grad()
+    def _scale(self, number: int, norm: Tensor) -> None:
+        """A group's gradient, so that the norm of all becomes DeepSpeed's bound for it if it is more. Where nothing was
+        written nothing is."""
+        scale, bound = self._optimizer.loss_scale, self._optimizer.clip_grad
+        if bound > 0:
+            scale = ((norm / scale + 1e-6) / bound).clamp(min=1.0) * scale
+        if self._shard().device.type == "cpu" and scale == 1.0:
+            return  # on a GPU it would have to be asked
+        for written, rows in self._written(number):
+            if rows is None:
+                written.mul_(1.0 / scale)
+            else:
+                written[rows] *= 1.0 / scale
+
+    def _written(self, number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """A group's gradient in pieces: flat ones, or a matrix of which only these rows may be other than 0."""
+        whole = self._optimizer.fp32_partitioned_groups_flat[number].grad
+        first = end = 0
+        for parameter in self._optimizer.fp16_groups[number]:
+            start, end = end, end + parameter.partition_numel()
+            if self._ranks == 1 and (rows := self._rows.get(parameter.ds_id)):
+                yield whole[first:start], None
+                yield whole[start:end].view(parameter.ds_shape), torch.cat(rows).unique()
+                first = end
+        yield whole[first:], None
 
 
 # Rows of a product that a rank's part of a weight must have to be worth one of its own.
@@ -212,7 +271,7 @@ class _Sum:
 
     @torch.no_grad()
     def add_product(self, first: int, left: Tensor, right: Tensor) -> None:
-        self._sums.begin()
+        self._sums.touch(self._parameter)
         end, joins = first + left.shape[1], self._sums.seen(self._parameter)
         for start, piece in self._pieces:
             low, high = max(first, start), min(end, start + len(piece))
@@ -226,10 +285,7 @@ class _Sum:
 
     @torch.no_grad()
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
-        self._sums.begin()
-        if not self._sums.seen(self._parameter):
-            for part in self._sums.parts(self._parameter):
-                part.zero_()
+        self._sums.touch_rows(self._parameter, rows)
         for start, piece in self._pieces:
             here = (rows >= start) & (rows < start + len(piece))
             piece.index_add_(0, rows[here] - start, values[here])

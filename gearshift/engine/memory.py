@@ -51,9 +51,11 @@ class Scratch:
     def __init__(self, tensor: Tensor):
         self._storage = tensor.untyped_storage()
         self._size, self._there = self._storage.nbytes(), True
+        self._start = self._storage.data_ptr()
+        self.comes_empty = False  # whether it holds zeros after `take`; what nobody writes of it then takes no memory
         self._on_host = tensor.device.type == "cpu" and self.by_pages
         if self._on_host:
-            _advise(self._storage, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
+            _advise(self._start, self._size, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
 
     @property
     def bytes(self) -> int:
@@ -71,25 +73,46 @@ class Scratch:
 
     def release(self) -> None:
         if self._there and self._on_host:
-            _advise(self._storage, _NOT_NEEDED)
+            self.comes_empty = _advise(self._start, self._size, _NOT_NEEDED)
+            self._clear_edges()
         elif self._there:
             self._storage.resize_(0)
         self._there = False
 
+    def expect(self, part: Tensor, pieces: int, size: int) -> bool:
+        """Of a part of the tensor only so many pieces of `size` bytes, wherever they are, will be written before
+        `release`. Whether these are in few of its pages of 4 KiB, and it comes in such instead of ones of 2 MiB."""
+        page = resource.getpagesize()
+        few = pieces * (size // page + 2) * page < part.nbytes // 2
+        if self._on_host:
+            _advise(part.data_ptr(), part.nbytes, _SMALL_PAGES if few else _HUGE_PAGES)
+        return few
 
-_NOT_NEEDED, _HUGE_PAGES = 4, 14  # sys/mman.h of Linux
+    def _clear_edges(self) -> None:
+        """What stands in a page with something else did not go."""
+        whole = torch.empty(0, dtype=torch.uint8).set_(self._storage)
+        start, end = _pages(self._start, self._size)
+        whole[: start - self._start] = 0
+        whole[end - self._start :] = 0
 
 
-def _advise(storage: torch.UntypedStorage, advice: int) -> None:
-    """Tells Linux of the whole pages in it; elsewhere nothing is told, and memory stays."""
+_NOT_NEEDED, _HUGE_PAGES, _SMALL_PAGES = 4, 14, 15  # sys/mman.h of Linux
+
+
+def _pages(start: int, size: int) -> tuple[int, int]:
+    """Where the whole pages in it begin and end."""
+    page = resource.getpagesize()
+    first = min(-(-start // page) * page, start + size)
+    return first, max(first, (start + size) // page * page)
+
+
+def _advise(start: int, size: int, advice: int) -> bool:
+    """Tells Linux of the whole pages in it, and whether that took it; elsewhere nothing is told, and memory stays."""
     if sys.platform != "linux":
-        return
-    call, page = ctypes.CDLL(None).madvise, resource.getpagesize()
+        return False
+    call, (start, end) = ctypes.CDLL(None).madvise, _pages(start, size)
     call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    start = -(-storage.data_ptr() // page) * page
-    end = (storage.data_ptr() + storage.nbytes()) // page * page
-    if start < end:
-        call(start, end - start, advice)
+    return start >= end or call(start, end - start, advice) == 0
 
 
 class Releasable:

@@ -13,8 +13,7 @@ from gearshift.kernels.native import tasks
 
 # More rows than this and a product that packs its operands is faster (measured with AVX-512, 192 to 512 features).
 FEW = 32
-# Outputs of the compiled function's tiles, and the fewest weights that a thread takes at a time.
-TILE, GRAIN = 8, 1 << 14
+GRAIN = 1 << 14  # the fewest weights that a thread takes at a time
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,8 +38,9 @@ _Arguments = tasks.structure("FewRowsLinear", "rows i, features i, outputs i, x 
 def _task(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tasks.Task:
     outputs, features = weight.shape
     arguments = _Arguments(rows, features, outputs, *map(native.pointer, (x, weight, bias, out)))
+    units, grain = -(-outputs // tile()), -(-GRAIN // (tile() * features))
     # Layers that read the same (queries, keys, values) need not wait for each other: what each writes is new.
-    return tasks.Task("few_rows_linear", arguments, -(-outputs // TILE), -(-GRAIN // (TILE * features)), x.data_ptr())
+    return tasks.Task("few_rows_linear", arguments, units, grain, x.data_ptr())
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,9 +53,9 @@ def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _serves(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the compiled function may be used: wide registers, and what it expects to find in memory."""
+    """Whether the compiled function is there, and what it expects to find in memory."""
     return (
-        has_wide_registers()
+        tile() > 0
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
@@ -63,6 +63,6 @@ def _serves(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 @functools.cache
-def has_wide_registers() -> bool:
-    """Whether the compiled function is there and this processor is one that it was made for."""
-    return native.built() is not None and bool(native.function("has_wide_registers", "")())
+def tile() -> int:
+    """Outputs of a tile of the compiled function; 0 where it is not there, or has no registers for one."""
+    return native.function("few_rows_tile", "")() if native.built() is not None else 0

@@ -50,7 +50,7 @@ class Again(Recording):
 def torch_only() -> Iterator[None]:
     """As on a GPU: none of the compiled functions, whose work a recording would not see."""
     few_rows = importlib.import_module("gearshift.kernels.few_rows_linear")
-    with patch.object(native, "built", lambda: None), patch.object(few_rows, "has_wide_registers", lambda: False):
+    with patch.object(native, "built", lambda: None), patch.object(few_rows, "tile", lambda: 0):
         yield
 
 

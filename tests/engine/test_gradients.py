@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from gearshift.engine import CausalModel, TokenBatch, Training, World
+from gearshift.engine import CausalModel, TokenBatch, Training, World, gradients
+from gearshift.engine.memory import Scratch
 from gearshift.engine.saving import gathered_parameters
 from gearshift.engine.zero import on_host, zero3_config
 from gearshift.kernels import Loss
 from tests.engine.test_zero import ROWS, _gradient, distance, language_loss, token_batch
+from tests.memory import resident_bytes
 from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
 
@@ -191,22 +195,73 @@ def test_gradients_take_memory_until_the_step(one_rank: WorkerGroup, three_ranks
     assert once == twice == within // 3
 
 
+class _Used(Scratch):
+    """As on a GPU, where memory holds what somebody left in it."""
+
+    by_pages = False
+
+    def take(self) -> bool:
+        taken = super().take()
+        if taken:
+            torch.empty(0).set_(self._storage).fill_(torch.nan)
+        return taken
+
+
 def from_what_memory_held(world: World, folder: str) -> bool:
-    """Whether all of the rank's part is a number, where memory held none before, also what rounding up leaves."""
+    """Whether all of the rank's part is a number, also what rounding up leaves."""
+    with patch.object(gradients, "Scratch", _Used):
+        model = CausalModel.load(
+            folder, world, dtype=torch.float32, micro_batch_size=2, training=Training(learning_rate=0.1)
+        )
+    model.accumulate(language_loss, token_batch().select(world.share(ROWS)))
+    return bool(model.engine.optimizer.grad_partitions_flat_buffer.isfinite().all())
+
+
+def after_a_pass_that_failed(world: World, folder: str) -> bool:
+    """The same where every sum was written, and none was finished."""
     model = CausalModel.load(
         folder, world, dtype=torch.float32, micro_batch_size=2, training=Training(learning_rate=0.1)
     )
     sums = model._sums
     assert sums is not None
-    sums._sums.fill_(torch.nan)
+    for parameter in model.module.parameters():
+        sums.touch(parameter)
+        for part in sums.parts(parameter):
+            part.fill_(torch.nan)
     model.accumulate(language_loss, token_batch().select(world.share(ROWS)))
     return bool(model.engine.optimizer.grad_partitions_flat_buffer.isfinite().all())
 
 
 @pytest.mark.parametrize("ranks", ["one_rank", "three_ranks"])
-def test_what_memory_held_is_no_part_of_a_gradient(request: pytest.FixtureRequest, tmp_path: Path, ranks: str) -> None:
+@pytest.mark.parametrize("case", [from_what_memory_held, after_a_pass_that_failed])
+def test_what_memory_held_is_no_part_of_a_gradient(
+    request: pytest.FixtureRequest, tmp_path: Path, ranks: str, case: Any
+) -> None:
     folder = str(save_tiny("llama", tmp_path / "llama"))
-    assert all(request.getfixturevalue(ranks).run(from_what_memory_held, folder))
+    assert all(request.getfixturevalue(ranks).run(case, folder))
+
+
+def pages_of_an_embedding(world: World, folder: str) -> list[int]:
+    """Resident bytes of the sums of its gradient after a loss on few tokens, and after clipping; and of all."""
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=8, training=Training(learning_rate=0.1)
+    )
+    sums, embedding = model._sums, model.module.model.embed_tokens.weight
+    assert sums is not None
+    [part], found = sums.parts(embedding), list[int]()
+    with patch.object(sums, "release", lambda: found.append(resident_bytes(part))):
+        model.accumulate(hidden_loss, token_batch().select(world.share(ROWS)))
+        sums.release()
+        assert model.step() > 1.0  # so that it is clipped
+    return [*found, part.nbytes]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+def test_rows_of_a_large_vocabulary_that_no_token_has_take_no_memory(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama", vocab_size=200_000))
+    held, clipped, whole = one_rank.run(pages_of_an_embedding, folder)[0]
+    assert whole > 24 << 20
+    assert 0 < held <= clipped < whole // 10
 
 
 def step_without_a_loss(world: World, folder: str) -> float:

@@ -1,7 +1,7 @@
 """The compiled library of the kernels for processors, called through ctypes.
 
-setup.py builds it where there is a C compiler. Where there was none, `built()` is None and the operations take their
-way through torch, which is slower.
+setup.py builds it where there is a C compiler, once for each kind of processor. Where there was none, `built()` is None
+and the operations take their way through torch, which is slower.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ PARTS_A_THREAD = 4
 WORTH_THREADS = 1 << 17  # numbers for which a second thread is worth waking
 
 
+# Of the best kinds first, those that setup.py builds: what torch says of this processor, or was told by the environment
+# (ATEN_CPU_CAPABILITY), and the libraries that it can run.
+LIBRARIES = {"AVX512": ("_avx512", "_avx2", "_plain"), "AVX2": ("_avx2", "_plain")}
+
+
 @functools.cache
 def built() -> ctypes.CDLL | None:
-    """The library, if there is one."""
-    spec = importlib.machinery.PathFinder.find_spec("_library", __path__)
-    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+    """The library for this processor, if there is one."""
+    for name in LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("_plain",)):
+        spec = importlib.machinery.PathFinder.find_spec(name, __path__)
+        if spec is not None and spec.origin is not None:
+            return ctypes.CDLL(spec.origin)
+    return None
 
 
 KINDS = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}

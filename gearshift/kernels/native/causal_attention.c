@@ -12,10 +12,10 @@
 #include "vectors.h"
 
 #define ROWS 6   /* of a tile, and its columns in vectors: sums that stay in registers */
-#define PANEL 4
+#define PANEL (REGISTERS / 8)
 #define BLOCK 48 /* queries whose weights are held at once */
 
-static const lanes LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const lanes LANE = {PLACES};
 
 INLINE int64_t whole(int64_t count)
 {
@@ -69,12 +69,14 @@ INLINE void strip(
     for (; n + PANEL * LANES <= columns; n += PANEL * LANES)
         tile(rows, PANEL, depth, a, a_row, a_step, b + n, b_row, c + n, c_row, add);
     switch ((columns - n) / LANES) {
+#if PANEL > 3
     case 3:
         tile(rows, 3, depth, a, a_row, a_step, b + n, b_row, c + n, c_row, add);
         break;
     case 2:
         tile(rows, 2, depth, a, a_row, a_step, b + n, b_row, c + n, c_row, add);
         break;
+#endif
     case 1:
         tile(rows, 1, depth, a, a_row, a_step, b + n, b_row, c + n, c_row, add);
     }
@@ -91,7 +93,7 @@ INLINE void product(
             strip(1, columns, depth, a + r * a_row, a_row, a_step, b, b_row, c + r * c_row, c_row, add);
 }
 
-/* Of sixteen vectors, blocks of `step` lanes change places: those above the diagonal with those below. */
+/* Of LANES vectors, blocks of `step` lanes change places: those above the diagonal with those below. */
 INLINE void swap(lanes *vectors, const int step)
 {
     const whole_lanes upper = (NUMBER & step) != 0; /* all bits set */
@@ -114,8 +116,12 @@ INLINE void transpose(const float *from, int64_t stride, int64_t length, int64_t
             lanes vectors[LANES];
             for (int i = 0; i < LANES; i++)
                 vectors[i] = j + i < length ? *(const lanes *)(from + (j + i) * stride + d) : (lanes){0};
+#if LANES > 8
             swap(vectors, 8);
+#endif
+#if LANES > 4
             swap(vectors, 4);
+#endif
             swap(vectors, 2);
             swap(vectors, 1);
             for (int i = 0; i < LANES; i++)
@@ -226,7 +232,7 @@ INLINE void forward_of(
 }
 
 /* out [N, heads, value_size] and log_sums [N, heads], of heads first to last - 1 of keys and values of all sequences. */
-EXPORT CLONES void gearshift_causal_attention(int64_t first, int64_t last, const struct attention_forward *given)
+EXPORT void gearshift_causal_attention(int64_t first, int64_t last, const struct attention_forward *given)
 {
     const struct attention *of = &given->of;
     int64_t group = of->heads / of->kv_heads, room = whole(of->longest);
@@ -312,7 +318,7 @@ INLINE void backward_of(
 }
 
 /* Heads first to last - 1 of keys and values of all sequences. */
-EXPORT CLONES void gearshift_causal_attention_backward(
+EXPORT void gearshift_causal_attention_backward(
     int64_t first, int64_t last, const struct attention_backward *given)
 {
     const struct attention *of = &given->of;

@@ -30,10 +30,10 @@ struct decode_attention {
     float *out;
 };
 
-/* In place of sixteen vectors their sums over lanes: each turn adds the even to the odd lanes of pairs of vectors. */
+/* In place of LANES vectors their sums over lanes: each turn adds the even to the odd lanes of pairs of vectors. */
 INLINE lanes sums_of(lanes *vectors)
 {
-    const whole_lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    const whole_lanes even = NUMBER * 2;
     for (int left = LANES; left > 1; left /= 2)
         for (int i = 0; i < left / 2; i++)
             vectors[i] = __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], even) +
@@ -130,7 +130,7 @@ INLINE void step_of(const struct decode_attention *of, int64_t number, float *we
 }
 
 /* A task whose units are the heads of keys and values of all rows. */
-EXPORT CLONES int gearshift_decode_attention(const void *arguments, struct heap *heap)
+EXPORT int gearshift_decode_attention(const void *arguments, struct heap *heap)
 {
     const struct decode_attention *of = arguments;
     float *weights = malloc((size_t)(of->shape.capacity + LANES) * sizeof(float));

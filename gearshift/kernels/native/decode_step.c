@@ -58,7 +58,7 @@ struct pointwise {
 
 /* Tasks whose units are UNIT numbers each. `y` may be `a` or `b`. */
 #define POINTWISE(name, expression)                                                    \
-    EXPORT CLONES int gearshift_step_##name(const void *arguments, struct heap *heap)  \
+    EXPORT int gearshift_step_##name(const void *arguments, struct heap *heap)         \
     {                                                                                  \
         const struct pointwise *of = arguments;                                        \
         const float *a = of->a, *b = of->b;                                            \
@@ -81,7 +81,7 @@ INLINE lanes silu(lanes x)
 }
 
 /* Units: UNIT numbers. */
-EXPORT CLONES int gearshift_step_silu(const void *arguments, struct heap *heap)
+EXPORT int gearshift_step_silu(const void *arguments, struct heap *heap)
 {
     const struct pointwise *of = arguments;
     int64_t first, last;

@@ -65,7 +65,7 @@ INLINE int64_t block_size(int64_t tokens, int64_t block)
 }
 
 /* Units: rows. */
-EXPORT CLONES int gearshift_distribution(const void *arguments, struct heap *heap)
+EXPORT int gearshift_distribution(const void *arguments, struct heap *heap)
 {
     const struct distribution *of = arguments;
     int64_t first, last, blocks = blocks_of(of->tokens);
@@ -154,7 +154,7 @@ INLINE void draw_row(const struct draw *of, int64_t row)
 }
 
 /* Units: rows. */
-EXPORT CLONES int gearshift_draw_token(const void *arguments, struct heap *heap)
+EXPORT int gearshift_draw_token(const void *arguments, struct heap *heap)
 {
     const struct draw *of = arguments;
     int64_t first, last;

@@ -11,19 +11,20 @@
 
 #include "native.h"
 #include "team.h"
+#include "vectors.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
-#define WIDE __attribute__((target("avx512f,avx512vl")))
-#define LANES 16  /* rows of a vector */
+#if LANES == 16
 #define TILE 8    /* outputs of a tile: for two vectors of rows 16 sums, of the 32 registers that AVX-512 has */
+#else
+#define TILE 6    /* 12 of 16: beside them two vectors of rows and the weight that multiplies both */
+#endif
 #define LINE 16   /* features of a cache line */
 #define AHEAD 12   /* lines between the one that is asked for and the one that is multiplied */
 #define CHUNK 256 /* features summed at a time: sums of sums lose fewer digits than one long sum */
-
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(64)));
-typedef int32_t places __attribute__((vector_size(LANES * sizeof(int32_t))));
+#define ALIGNED 64
 
 /* x [rows, features], weight [outputs, features], bias [outputs] or NULL -> y [rows, outputs]. */
 struct few_rows_linear {
@@ -32,23 +33,34 @@ struct few_rows_linear {
     float *y;
 };
 
-/* Sixteen vectors turned in place. Each turn puts the numbers of vectors i and i + 8 next to each other, which moves the
- * first bit of a number's place (4 bits for its vector, 4 for its lane) to the end: after four, rows are columns. */
-WIDE static inline __attribute__((always_inline)) void turn(lanes *vectors)
+/* factor * vector + sum, in one operation. */
+INLINE lanes joined(float factor, lanes vector, lanes sum)
 {
-    const places low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    for (int bit = 0; bit < 4; bit++) {
+#if LANES == 16
+    return (lanes)_mm512_fmadd_ps(_mm512_set1_ps(factor), (__m512)vector, (__m512)sum);
+#else
+    return (lanes)_mm256_fmadd_ps(_mm256_set1_ps(factor), (__m256)vector, (__m256)sum);
+#endif
+}
+
+/* LANES vectors turned in place. Each turn puts the numbers of a vector of the first half and of one of the second next
+ * to each other, which moves the first bit of a number's place (those of its vector, then those of its lane) to the end:
+ * after as many as a lane has bits, rows are columns. */
+INLINE void turn(lanes *vectors)
+{
+    const whole_lanes low = NUMBER / 2 + (NUMBER & 1) * LANES;
+    for (int bit = 1; bit < LANES; bit *= 2) {
         lanes before[LANES];
         memcpy(before, vectors, sizeof before);
         for (int i = 0; i < LANES / 2; i++) {
             vectors[2 * i] = __builtin_shuffle(before[i], before[i + LANES / 2], low);
-            vectors[2 * i + 1] = __builtin_shuffle(before[i], before[i + LANES / 2], low + 8);
+            vectors[2 * i + 1] = __builtin_shuffle(before[i], before[i + LANES / 2], low + LANES / 2);
         }
     }
 }
 
 /* [rows, features] -> [blocks][features] vectors, 0 where there is no row. */
-WIDE static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
+static void transpose(const float *x, int64_t rows, int64_t features, lanes *columns)
 {
     for (int64_t first = 0; first < rows; first += LANES, columns += features)
         for (int64_t k = 0; k < features; k += LANES) {
@@ -66,7 +78,7 @@ WIDE static void transpose(const float *x, int64_t rows, int64_t features, lanes
 
 /* Sums over all features, for `outputs` (at most TILE, `apart` rows of W from each other) and `blocks` (1 or 2) vectors of
  * rows: known where inlined. */
-WIDE static inline __attribute__((always_inline)) void tile(
+INLINE void tile(
     const float *weight, const float *bias, int outputs, int64_t apart, int64_t features, const lanes *columns,
     int blocks, float *y, int64_t stride, int64_t rows)
 {
@@ -81,9 +93,8 @@ WIDE static inline __attribute__((always_inline)) void tile(
             for (int64_t k = line; k < stop; k++)
                 for (int o = 0; o < outputs; o++)
                     for (int b = 0; b < blocks; b++)
-                        sums[b][o] = (lanes)_mm512_fmadd_ps(
-                            _mm512_set1_ps(weight[o * apart * features + k]), (__m512)columns[b * features + k],
-                            (__m512)sums[b][o]);
+                        sums[b][o] = joined(
+                            weight[o * apart * features + k], columns[b * features + k], sums[b][o]);
         }
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < outputs; o++)
@@ -96,7 +107,7 @@ WIDE static inline __attribute__((always_inline)) void tile(
 
 /* All outputs of one or two vectors of rows; `stride`: of y's rows. The outputs of a tile are as far apart as there are
  * tiles: from one tile to the next memory is read on in TILE places, which processors foresee. */
-WIDE static inline __attribute__((always_inline)) void outputs_of(
+INLINE void outputs_of(
     const float *weight, const float *bias, int64_t outputs, int64_t features, const lanes *columns, int blocks,
     float *y, int64_t stride, int64_t rows)
 {
@@ -108,7 +119,7 @@ WIDE static inline __attribute__((always_inline)) void outputs_of(
 }
 
 /* Some outputs of one task: all rows of x, whose vectors are `columns`. */
-WIDE static void some_outputs(const struct few_rows_linear *of, const lanes *columns, int64_t first, int64_t last)
+static void some_outputs(const struct few_rows_linear *of, const lanes *columns, int64_t first, int64_t last)
 {
     const float *weight = of->weight + first * of->features, *bias = of->bias ? of->bias + first : NULL;
     for (int64_t row = 0; row < of->rows; row += 2 * LANES) {
@@ -123,12 +134,13 @@ WIDE static void some_outputs(const struct few_rows_linear *of, const lanes *col
     }
 }
 
-/* A task whose units are tiles of outputs. Not to be called without `gearshift_has_wide_registers`. */
-EXPORT WIDE int gearshift_few_rows_linear(const void *arguments, struct heap *heap)
+/* A task whose units are tiles of outputs. */
+EXPORT int gearshift_few_rows_linear(const void *arguments, struct heap *heap)
 {
     const struct few_rows_linear *of = arguments;
     int64_t blocks = (of->rows + LANES - 1) / LANES, first, last;
-    lanes *columns = aligned_alloc(64, (size_t)(blocks * of->features) * sizeof(lanes));
+    size_t size = (size_t)(blocks * of->features) * sizeof(lanes);
+    lanes *columns = aligned_alloc(ALIGNED, (size + ALIGNED - 1) / ALIGNED * ALIGNED);
     if (columns == NULL)
         return 1;
     transpose(of->x, of->rows, of->features, columns);
@@ -137,14 +149,12 @@ EXPORT WIDE int gearshift_few_rows_linear(const void *arguments, struct heap *he
     free(columns);
     return 0;
 }
+#else
+#define TILE 0
 #endif
 
-/* Whether `gearshift_few_rows_linear` has the registers that its tiles are made for. */
-EXPORT int gearshift_has_wide_registers(void)
+/* Outputs of a tile of `gearshift_few_rows_linear`; 0 where there is none for lack of registers. */
+EXPORT int gearshift_few_rows_tile(void)
 {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-#else
-    return 0;
-#endif
+    return TILE;
 }

@@ -51,7 +51,7 @@ INLINE void states_of(const struct logit_states *given, int64_t token, const int
 }
 
 /* Tokens first to last - 1. */
-EXPORT CLONES void gearshift_logit_states(int64_t first, int64_t last, const struct logit_states *given)
+EXPORT void gearshift_logit_states(int64_t first, int64_t last, const struct logit_states *given)
 {
     for (int64_t token = first; token < last; token++)
         if (given->entropy)
@@ -83,7 +83,7 @@ INLINE void gradients_of(const struct logit_gradients *given, int64_t token, con
 }
 
 /* Tokens first to last - 1. */
-EXPORT CLONES void gearshift_logit_gradients(int64_t first, int64_t last, const struct logit_gradients *given)
+EXPORT void gearshift_logit_gradients(int64_t first, int64_t last, const struct logit_gradients *given)
 {
     for (int64_t token = first; token < last; token++)
         if (given->of_plogp)

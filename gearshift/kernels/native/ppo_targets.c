@@ -127,7 +127,7 @@ static inline void clear(float *row, int64_t tokens, int64_t length)
 }
 
 /* Rows from `first` up to `last`. `given_kl` may be NULL. Returns 0, or 1 for a mask that is not right-padded. */
-EXPORT CLONES int gearshift_ppo_targets(
+EXPORT int gearshift_ppo_targets(
     int64_t first, int64_t last, int64_t length, const float *logprobs, const float *ref_logprobs, const float *values,
     const uint8_t *mask, const float *scores, const float *given_kl, const struct settings *set, float *rewards,
     float *kl, float *advantages, float *returns, double *moments)
@@ -175,7 +175,7 @@ EXPORT void gearshift_merge_moments(int64_t rows, const double *moments, double 
 }
 
 /* In place, the tokens of rows from `first` up to `last`; moments[3 * row] is a row's number of tokens. */
-EXPORT CLONES void gearshift_whiten(
+EXPORT void gearshift_whiten(
     int64_t first, int64_t last, int64_t length, const double *moments, double mean, double scale, float *advantages)
 {
     for (int64_t row = first; row < last; row++)

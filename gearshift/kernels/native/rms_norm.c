@@ -16,7 +16,7 @@ struct rms_norm {
 };
 
 /* y = x / sqrt(mean(x^2) + eps) * (weight + offset) for rows first to last - 1 of `features` values each. */
-EXPORT CLONES void gearshift_rms_norm(int64_t first, int64_t last, const struct rms_norm *given)
+EXPORT void gearshift_rms_norm(int64_t first, int64_t last, const struct rms_norm *given)
 {
     int64_t features = given->features;
     const float *restrict weight = given->weight;
@@ -50,7 +50,7 @@ struct rms_norm_backward {
 
 /* Parts first to last - 1: with g = dy (weight + offset) and r = 1 / sqrt(mean(x^2) + eps), dx = r g - x r^3 mean(g x),
  * and dweight the sum of dy x r. */
-EXPORT CLONES void gearshift_rms_norm_backward(int64_t first, int64_t last, const struct rms_norm_backward *given)
+EXPORT void gearshift_rms_norm_backward(int64_t first, int64_t last, const struct rms_norm_backward *given)
 {
     int64_t part = given->part, features = given->features;
     const float *restrict weight = given->weight;
@@ -91,7 +91,7 @@ EXPORT CLONES void gearshift_rms_norm_backward(int64_t first, int64_t last, cons
 }
 
 /* The sum of `rows` rows, in their order, in the first of them. */
-EXPORT CLONES void gearshift_sum_rows(int64_t rows, int64_t features, float *x)
+EXPORT void gearshift_sum_rows(int64_t rows, int64_t features, float *x)
 {
     for (int64_t row = 1; row < rows; row++)
         for (int64_t k = 0; k < features; k++)

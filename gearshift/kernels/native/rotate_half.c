@@ -19,7 +19,7 @@ struct rotation {
 
 /* Positions first to last - 1. y1 = x1 c1 - x2 s1 and y2 = x2 c2 + x1 s2; back, x1 = y1 c1 + y2 s2 and
  * x2 = y2 c2 - y1 s1. */
-EXPORT APART CLONES void gearshift_rotate_half(int64_t first, int64_t last, const struct rotation *given)
+EXPORT APART void gearshift_rotate_half(int64_t first, int64_t last, const struct rotation *given)
 {
     struct rotation r = *given;
     int64_t half = r.size / 2;

@@ -13,7 +13,7 @@ struct squares {
 };
 
 /* Of blocks first to last - 1 of `block` numbers each, of n numbers: one sum each. */
-EXPORT CLONES void gearshift_squares(int64_t first, int64_t last, const struct squares *given)
+EXPORT void gearshift_squares(int64_t first, int64_t last, const struct squares *given)
 {
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * given->block, end = start + given->block < given->n ? start + given->block : given->n;

@@ -42,7 +42,7 @@ struct swiglu {
 };
 
 /* Numbers in blocks first to last - 1 of n numbers. */
-EXPORT CLONES void gearshift_swiglu(int64_t first, int64_t last, const struct swiglu *given)
+EXPORT void gearshift_swiglu(int64_t first, int64_t last, const struct swiglu *given)
 {
     const float *restrict gate = given->gate, *restrict up = given->up;
     float *restrict y = given->y;
@@ -58,7 +58,7 @@ struct swiglu_backward {
 };
 
 /* dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s, where s = 1 / (1 + e^-gate). */
-EXPORT CLONES void gearshift_swiglu_backward(int64_t first, int64_t last, const struct swiglu_backward *given)
+EXPORT void gearshift_swiglu_backward(int64_t first, int64_t last, const struct swiglu_backward *given)
 {
     const float *restrict gate = given->gate, *restrict up = given->up, *restrict dy = given->dy;
     float *restrict dgate = given->dgate, *restrict dup = given->dup;

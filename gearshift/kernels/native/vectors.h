@@ -1,4 +1,4 @@
-/* Vectors of sixteen numbers, in the compilers' own notation: for any processor. */
+/* Vectors in the compilers' own notation, as long as a register of what the file is compiled for. */
 #ifndef GEARSHIFT_VECTORS_H
 #define GEARSHIFT_VECTORS_H
 
@@ -6,13 +6,27 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A longer vector than the processor has would live in memory. */
+#if defined(__AVX512F__)
 #define LANES 16
+#define PLACES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define LANES 8
+#define PLACES 0, 1, 2, 3, 4, 5, 6, 7
+#define REGISTERS 16
+#else
+#define LANES 4
+#define PLACES 0, 1, 2, 3
+#define REGISTERS 16
+#endif
+
 #define INLINE static inline __attribute__((always_inline, unused))
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 typedef int32_t whole_lanes __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4)));
 
-static const whole_lanes NUMBER __attribute__((unused)) = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const whole_lanes NUMBER __attribute__((unused)) = {PLACES};
 
 /* `low` where `where` is true (all bits set), else `high`. */
 INLINE lanes choose(whole_lanes where, lanes low, lanes high)
@@ -38,8 +52,12 @@ INLINE lanes turned(lanes x, const int step)
 
 INLINE float sum_of_lanes(lanes x)
 {
+#if LANES > 8
     x += turned(x, 8);
+#endif
+#if LANES > 4
     x += turned(x, 4);
+#endif
     x += turned(x, 2);
     x += turned(x, 1);
     return x[0];
@@ -47,8 +65,12 @@ INLINE float sum_of_lanes(lanes x)
 
 INLINE float largest_lane(lanes x)
 {
+#if LANES > 8
     x = larger(x, turned(x, 8));
+#endif
+#if LANES > 4
     x = larger(x, turned(x, 4));
+#endif
     x = larger(x, turned(x, 2));
     x = larger(x, turned(x, 1));
     return x[0];
