@@ -5,8 +5,16 @@
 #include <string.h>
 
 #include "native.h"
+#include "vectors.h"
 
-#define LANES 16
+/* Numbers in lanes of their own are added in one order always. */
+INLINE double total_of(lanes sums)
+{
+    double total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        total += sums[lane];
+    return total;
+}
 
 struct rms_norm {
     int64_t features;
@@ -19,24 +27,19 @@ struct rms_norm {
 EXPORT void gearshift_rms_norm(int64_t first, int64_t last, const struct rms_norm *given)
 {
     int64_t features = given->features;
-    const float *restrict weight = given->weight;
     for (int64_t row = first; row < last; row++) {
-        const float *restrict in = given->x + row * features;
-        float *restrict out = given->y + row * features;
-        /* Lanes of their own, so that the compiler may add them side by side, in one order always. */
-        float sums[LANES] = {0};
-        int64_t k = 0;
-        for (; k + LANES <= features; k += LANES)
-            for (int lane = 0; lane < LANES; lane++)
-                sums[lane] += in[k + lane] * in[k + lane];
-        double total = 0;
-        for (int lane = 0; lane < LANES; lane++)
-            total += sums[lane];
-        for (; k < features; k++)
-            total += (double)in[k] * in[k];
-        float scale = (float)(1.0 / sqrt(total / features + given->eps)), shift = (float)given->offset;
-        for (k = 0; k < features; k++)
-            out[k] = in[k] * scale * (weight[k] + shift);
+        const float *in = given->x + row * features;
+        float *out = given->y + row * features;
+        lanes sums = {0};
+        for (int64_t k = 0; k < features; k += LANES) {
+            lanes x = load(in + k, features - k);
+            sums += x * x;
+        }
+        float scale = (float)(1.0 / sqrt(total_of(sums) / features + given->eps)), shift = (float)given->offset;
+        for (int64_t k = 0; k < features; k += LANES) {
+            lanes weight = load(given->weight + k, features - k) + shift;
+            store(out + k, load(in + k, features - k) * scale * weight, features - k);
+        }
     }
 }
 
@@ -48,44 +51,42 @@ struct rms_norm_backward {
     float *dx, *dweight;
 };
 
+/* Of one row: r, and r^3 mean(g x). */
+INLINE float factors_of(const struct rms_norm_backward *given, const float *in, const float *slope, float *along)
+{
+    int64_t features = given->features;
+    float shift = (float)given->offset;
+    lanes squares = {0}, products = {0};
+    for (int64_t k = 0; k < features; k += LANES) {
+        lanes x = load(in + k, features - k), weight = load(given->weight + k, features - k) + shift;
+        squares += x * x;
+        products += x * (load(slope + k, features - k) * weight);
+    }
+    double mean = total_of(squares) / features + given->eps, root = 1.0 / sqrt(mean);
+    *along = (float)(total_of(products) / features * root / mean);
+    return (float)root;
+}
+
 /* Parts first to last - 1: with g = dy (weight + offset) and r = 1 / sqrt(mean(x^2) + eps), dx = r g - x r^3 mean(g x),
  * and dweight the sum of dy x r. */
 EXPORT void gearshift_rms_norm_backward(int64_t first, int64_t last, const struct rms_norm_backward *given)
 {
     int64_t part = given->part, features = given->features;
-    const float *restrict weight = given->weight;
     float shift = (float)given->offset;
     for (int64_t row = first * part; row < given->rows && row < last * part; row++) {
-        const float *restrict in = given->x + row * features, *restrict slope = given->dy + row * features;
-        float squares[LANES] = {0}, products[LANES] = {0};
-        int64_t k = 0;
-        for (; k + LANES <= features; k += LANES)
-            for (int lane = 0; lane < LANES; lane++) {
-                squares[lane] += in[k + lane] * in[k + lane];
-                products[lane] += in[k + lane] * (slope[k + lane] * (weight[k + lane] + shift));
-            }
-        double square = 0, product = 0;
-        for (int lane = 0; lane < LANES; lane++) {
-            square += squares[lane];
-            product += products[lane];
-        }
-        for (; k < features; k++) {
-            square += (double)in[k] * in[k];
-            product += (double)in[k] * (slope[k] * (weight[k] + shift));
-        }
-        double mean = square / features + given->eps, root = 1.0 / sqrt(mean);
-        float scale = (float)root, along = (float)(product / features * root / mean);
-        if (given->dx) {
-            float *restrict out = given->dx + row * features;
-            for (k = 0; k < features; k++)
-                out[k] = slope[k] * (weight[k] + shift) * scale - in[k] * along;
-        }
-        if (given->dweight) {
-            float *restrict sum = given->dweight + row / part * features;
-            if (row % part == 0)
-                memset(sum, 0, (size_t)features * sizeof *sum);
-            for (k = 0; k < features; k++)
-                sum[k] += slope[k] * (in[k] * scale);
+        const float *in = given->x + row * features, *slope = given->dy + row * features;
+        float along, scale = factors_of(given, in, slope, &along);
+        float *sum = given->dweight ? given->dweight + row / part * features : NULL;
+        if (sum && row % part == 0)
+            memset(sum, 0, (size_t)features * sizeof *sum);
+        for (int64_t k = 0; k < features; k += LANES) {
+            int64_t left = features - k;
+            lanes x = load(in + k, left), dy = load(slope + k, left);
+            if (given->dx)
+                store(given->dx + row * features + k,
+                      dy * (load(given->weight + k, left) + shift) * scale - x * along, left);
+            if (sum)
+                store(sum + k, load(sum + k, left) + dy * (x * scale), left);
         }
     }
 }

@@ -99,21 +99,26 @@ INLINE lanes exp_of(lanes x)
 /* As many numbers as there are, 0 after them. */
 INLINE lanes load(const float *from, int64_t count)
 {
+    if (count >= LANES)
+        return *(const lanes *)from;
     lanes vector = {0};
-    memcpy(&vector, from, (size_t)(count < LANES ? count : LANES) * sizeof(float));
+    memcpy(&vector, from, (size_t)count * sizeof(float));
     return vector;
 }
 
 INLINE void store(float *to, lanes vector, int64_t count)
 {
-    memcpy(to, &vector, (size_t)(count < LANES ? count : LANES) * sizeof(float));
+    if (count >= LANES)
+        *(lanes *)to = vector;
+    else
+        memcpy(to, &vector, (size_t)count * sizeof(float));
 }
 
 /* The numbers from `at`, of which there are `count` in all: past the last one they are `rest`. */
 INLINE lanes numbers_at(const float *row, int64_t at, int64_t count, float rest)
 {
     if (at + LANES <= count)
-        return *(const lanes *)(row + at);
+        return load(row + at, LANES);
     return choose(NUMBER < (int32_t)(count - at), load(row + at, count - at), (lanes){0} + rest);
 }
 
