@@ -182,10 +182,10 @@ def chosen_hosts(arguments: Arguments) -> dict[str, list[int]]:
     for name in ("include", "exclude"):
         if launcher == "openmpi" and name in options:
             raise UserError(f"--{name}: DeepSpeed's openmpi launcher knows none: leave those hosts out of the hostfile")
+    hosts = read_hostfile(arguments.hostfile)
     for program in PROGRAMS[launcher]:
         if shutil.which(program) is None:
             raise UserError(f"--launcher {launcher}: {program} is not installed here: install it or name another")
-    hosts = read_hostfile(arguments.hostfile)
     return selected(hosts, options.get("include", ""), options.get("exclude", ""))
 
 

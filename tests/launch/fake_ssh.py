@@ -1,5 +1,5 @@
 """An `ssh` to put on PATH: every host is this machine, but `gone`, which refuses, and `bare`, which has no Python;
-the shell of `chatty` prints a line."""
+the shell of `chatty` prints a line. Beside it a `pdsh` that is only looked for."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ exec sh -c "$*"
 def write(folder: Path) -> Path:
     """The folder to put first on PATH."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ssh").write_text(SCRIPT)
-    (folder / "ssh").chmod(0o755)
+    for name, script in (("ssh", SCRIPT), ("pdsh", "#!/bin/sh\nexit 1\n")):
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
     return folder
