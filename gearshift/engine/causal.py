@@ -15,6 +15,7 @@ from gearshift.engine.distributed import World
 from gearshift.engine.dropout import ResidualDropout
 from gearshift.engine.heads import LogitTransform, Reference, bind_logprob_head, check_head, lm_head_of
 from gearshift.engine.loading import load_module
+from gearshift.engine.packing import Packed, Padded
 from gearshift.engine.settings import LoraSettings
 from gearshift.engine.zero import Training, ZeroModel
 
@@ -85,7 +86,7 @@ class CausalModel(ZeroModel):
         `lengths [B]`: tokens of each row that have to be computed, to be packed where the model packs; None: all.
         """
         rows = self.rows(lengths, tokens.shape[1])
-        with rows.apart():
+        with self.apart(rows, targets != -100):
             result = self.engine(
                 rows.join(tokens),
                 targets=rows.join(targets),
@@ -135,11 +136,11 @@ class CausalModel(ZeroModel):
 
         def compare(micro: Rollouts) -> Tensor:
             tokens, targets, positions = response_targets(micro)
-            rows = self.rows(micro.sizes if both_pack else None, tokens.shape[1])
+            rows, asked = self.rows(micro.sizes if both_pack else None, tokens.shape[1]), targets != -100
             tokens, targets = rows.join(tokens), rows.join(targets)
-            with rows.apart():
+            with reference.apart(rows, asked):
                 hidden = reference.hidden_states(tokens, rows.positions)
-            with reference.weights_of(head), rows.apart():
+            with reference.weights_of(head), self.apart(rows, asked):
                 held_against = Reference(hidden, head.weight, head.bias, LogitTransform.of(reference.config))
                 found = self.engine(
                     tokens,
@@ -176,6 +177,10 @@ class WithoutAdapters:
     def placed(self) -> AbstractContextManager[None]:
         """As `CausalModel.placed`."""
         return self._model.placed()
+
+    def apart(self, rows: Packed | Padded, asked: Tensor) -> AbstractContextManager[None]:
+        """As `CausalModel.apart`."""
+        return self._model.apart(rows, asked)
 
     def weights_of(self, module: nn.Module) -> AbstractContextManager[None]:
         """As `CausalModel.weights_of`."""

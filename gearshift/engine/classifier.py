@@ -94,7 +94,7 @@ class Classifier(ZeroModel):
                 f"reward.init: prompt and response are {longest} tokens of the reward model's, which has {most} "
                 "positions: lower data.max_prompt_tokens or rollout.max_new_tokens"
             )
-        return self.map(self._causal if self.causal else self._own, texts)
+        return self.map(self._causal if self.causal else self._own, texts, ends=self.causal)
 
     @property
     def packs(self) -> bool:
@@ -107,11 +107,11 @@ class Classifier(ZeroModel):
         return values
 
     def _causal(self, texts: Texts) -> Tensor:
-        width = int(texts.lengths.max())
+        width, ends = int(texts.lengths.max()), texts.lengths[:, None] - 1
         rows = self.rows(texts.lengths, width)
-        with rows.apart():
+        with self.apart(rows, torch.arange(width, device=ends.device) == ends):
             values = rows.spread(self.hidden_states(rows.join(texts.tokens[:, :width]), rows.positions))
-        return values.gather(1, texts.lengths[:, None] - 1)[:, 0]
+        return values.gather(1, ends)[:, 0]
 
     def _own(self, texts: Texts) -> Tensor:
         columns = torch.arange(int(texts.lengths.max()), device=texts.tokens.device)

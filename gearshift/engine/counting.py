@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from gearshift.engine.zero import ZeroModel
 
 
-def count_pass(module: Any, batch: Rows, backward: bool = False) -> None:
-    """A forward over this rank's rows, and the backward pass."""
+def count_pass(module: Any, batch: Rows, backward: bool = False, ends: bool = False) -> None:
+    """A forward over this rank's rows, and the backward pass. `ends`: each row is asked for its last token alone."""
 
     def work() -> Work:
         lengths, targets = sequences(batch)
-        return Work(Weights.of(module).pass_flops(lengths, targets, backward))
+        return Work(Weights.of(module).pass_flops(lengths, len(batch) if ends else targets, backward))
 
     spans.count(work)
 
@@ -71,10 +71,10 @@ def count_generation(replica: Replica, rollouts: Rollouts, slots: int) -> None:
 
 
 def sequences(batch: Rows) -> tuple[list[int], int]:
-    """Lengths of a batch's sequences without their padding, and how many of their tokens have a log-prob asked for."""
+    """Lengths of a batch's sequences without their padding, and of how many of their tokens something is asked."""
     if isinstance(batch, Rollouts):
         return batch.sizes.tolist(), int(batch.mask.sum())
     if isinstance(batch, TokenBatch):
         return batch.sizes.tolist(), int(batch.loss_count)
     lengths: torch.Tensor = batch.lengths  # type: ignore[attr-defined]
-    return lengths.flatten().tolist(), 0
+    return lengths.flatten().tolist(), int((lengths > 0).sum())

@@ -40,7 +40,7 @@ class Padded:
         return values
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def apart(self, asked: Tensor | None = None) -> Iterator[None]:
         yield
 
 
@@ -67,8 +67,13 @@ class Packed:
         return cells.index_copy(0, self._cells, values[0]).unflatten(0, (rows, width))
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """A forward of the joined row in here keeps the sequences apart; so does its backward, wherever it runs."""
+    def apart(self, asked: Tensor | None = None) -> Iterator[None]:
+        """A forward of the joined row in here keeps the sequences apart; so does its backward, wherever it runs.
+
+        asked [B, S] bool: its outputs elsewhere may be anything (`engine.asked`); None: all are asked for.
+        """
+        if asked is not None:
+            self.sequences.ask(self.join(asked)[0])
         with self.sequences.current():
             yield
 
@@ -85,6 +90,13 @@ class _Sequences:
         self.lengths = lengths
         self.layers = 0  # how many have kept them apart
         self.crossed = False  # one could not
+        self.asked: Tensor | None = None  # [n]: of which of the tokens outputs are asked for; None: of all
+        self.spared = 0  # how many times others were left out
+
+    def ask(self, asked: Tensor) -> None:
+        """asked [N] bool."""
+        places = asked.nonzero()[:, 0]
+        self.asked = places if 0 < len(places) < len(asked) else None
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -103,6 +115,15 @@ class _Sequences:
         """[sequences + 1] int32: where each begins, and where the last ends."""
         ends = torch.tensor([0, *self.lengths], device=device).cumsum(0)
         return ends.to(torch.int32)
+
+
+def asked_now(states: Tensor) -> Tensor | None:
+    """Of which tokens [n] of states [1, N, H] the forward that is running is asked for outputs; None: of all."""
+    sequences = _Sequences.now
+    if sequences is None or sequences.asked is None or states.shape[:2] != (1, sum(sequences.lengths)):
+        return None
+    sequences.spared += 1
+    return sequences.asked
 
 
 def register() -> None:

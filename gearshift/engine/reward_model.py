@@ -81,19 +81,26 @@ class RewardModel(ZeroModel):
         values: Tensor = self.engine(tokens, positions)
         return values
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
         """tokens [B, S] -> values [B, S] fp32, the bias subtracted; differentiable.
 
         `lengths [B]`: tokens of each row that have to be computed, to be packed where the model packs; None: all.
+        `asked [B, S]` bool: values elsewhere may be anything; None: all are asked for.
         """
         rows = self.rows(lengths, tokens.shape[1])
-        with rows.apart():
+        with rows.apart() if asked is None else self.apart(rows, asked):
             return rows.spread(self.hidden_states(rows.join(tokens), rows.positions))
+
+    def values_at(self, positions: Tensor, tokens: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`forward` at `positions [B, L]` -> values [B, L]; where `mask [B, L]` is False they may be anything."""
+        counts = torch.ones_like(positions) if mask is None else mask.long()
+        asked = torch.zeros_like(tokens).scatter_add(1, positions, counts) > 0
+        return self.forward(tokens, lengths, asked).gather(1, positions)
 
     def response_values(self, rollouts: Rollouts) -> Tensor:
         """Values [B, L] fp32, read at the position before each response token (0 where masked); differentiable."""
         tokens, positions = join_responses(rollouts)
-        return self.forward(tokens, rollouts.sizes).gather(1, positions) * rollouts.mask
+        return self.values_at(positions, tokens, rollouts.sizes, rollouts.mask) * rollouts.mask
 
     def values(self, rollouts: Rollouts) -> Tensor:
         """`response_values` of this rank's rows, without gradients. Collective."""
@@ -104,9 +111,9 @@ class RewardModel(ZeroModel):
 
         def last(micro: Rollouts) -> Tensor:
             tokens, _ = join_responses(micro)
-            return self.forward(tokens, micro.sizes).gather(1, micro.sizes[:, None] - 1)[:, 0]
+            return self.values_at(micro.sizes[:, None] - 1, tokens, micro.sizes)[:, 0]
 
-        return self.map(last, rollouts)
+        return self.map(last, rollouts, ends=True)
 
 
 def _value_head_names(module: nn.Module) -> list[str]:

@@ -1,8 +1,8 @@
 """The arithmetic and the bytes that a step cannot do without: what a measured time is held against.
 
 Counted are products with weights (2 flops for each weight and token, 6 with the backward pass), attention (each token
-with those before it), and the LM head only where a log-prob or a token is asked for. Not counted is what an
-implementation adds: padding, activations computed again, norms, softmax, sampling.
+with those before it), and the LM head and the last layer's feed-forward only where a log-prob, a value or a token is
+asked for. Not counted is what an implementation adds: padding, activations computed again, norms, softmax, sampling.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ class Weights:
     """What a token of a model goes through, of one rank's slices where it holds slices.
 
     `body`: weights of all layers, of experts those that one token reaches; `stored`: all experts; `trained`: part of
-    `body` that has a gradient; `head`: of the LM head (0: there is none); `width`: of all heads of a layer; `windows`:
-    how many layers attend to so many tokens (None: to all).
+    `body` that has a gradient; `last`: part of it that comes after the last attention (`engine.asked`); `head`: of the
+    LM head (0: there is none); `width`: of all heads of a layer; `windows`: how many layers attend to so many tokens
+    (None: to all).
     """
 
     body: float
     stored: float
     trained: float
+    last: float
+    last_trained: bool
     head: float
     head_trained: bool
     width: float
@@ -74,13 +77,17 @@ class Weights:
         """Of a `transformers` model, whole, under ZeRO-3, or as one of `parts` of a tensor-parallel group."""
         from torch import nn
 
+        from gearshift.engine.asked import last_feed_forward
+
+        after = last_feed_forward(module)
+        last = [] if after is None else [p for p in after.parameters() if len(_shape(p)) == 2]
         config = module.config.get_text_config()
         head = getattr(module.get_output_embeddings(), "weight", None)
         apart = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)} | {id(head)}
         reached = experts_reached(config)
         body = stored = trained = 0.0
         for name, parameter in module.named_parameters():
-            if id(parameter) in apart or len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+            if id(parameter) in apart or len(_shape(parameter)) < 2:
                 continue
             numel = _numel(parameter)
             used = numel * (reached if ".experts." in name else 1.0)
@@ -90,6 +97,8 @@ class Weights:
             body,
             stored,
             trained,
+            sum(map(_numel, last)),
+            all(p.requires_grad for p in last),
             0.0 if head is None else _numel(head),
             head is not None and head.requires_grad,
             config.num_attention_heads * _head_size(config) / parts,
@@ -101,15 +110,18 @@ class Weights:
         return 4 * self.width * sum(layers * pairs[window] for window, layers in self.windows.items())
 
     def pass_flops(self, lengths: Sequence[int], targets: int, backward: bool) -> float:
-        """Of a forward over sequences of these lengths, with the `backward` pass where it is asked for."""
-        tokens = sum(lengths)
+        """Of a forward over sequences of these lengths, with the `backward` pass where it is asked for; `targets`: of
+        how many tokens an output is asked for."""
+        tokens, spared = sum(lengths), self.last * (sum(lengths) - targets)
         attention = self.attention_flops({w: sum(attended(n, w) for n in lengths) for w in self.windows})
-        forward = 2 * self.body * tokens + attention + 2 * self.head * targets
+        body = 2 * (self.body * tokens - spared)
+        forward = body + attention + 2 * self.head * targets
         if not backward:
             return forward
         # The gradient of what went in, of all weights; that of the weights, of those that have one.
+        of_weights = 2 * (self.trained * tokens - (spared if self.last_trained else 0.0))
         of_head = 2 * self.head * targets * (2 if self.head_trained else 1)
-        return forward + 2 * (self.body + self.trained) * tokens + 2 * attention + of_head
+        return forward + body + of_weights + 2 * attention + of_head
 
     def prefill(self, prompts: Sequence[int], answers: int, itemsize: int) -> Work:
         """Of different prompts of these lengths, after which so many answers begin."""
@@ -157,6 +169,11 @@ def _windows(config: Any) -> list[int | None]:
     if not kinds:
         return [window] * int(config.num_hidden_layers)
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _shape(parameter: Any) -> Sequence[int]:
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def _numel(parameter: Any) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.adapters import train_adapters_only
+from gearshift.engine.asked import bind_asked, gives_what_is_asked
 from gearshift.engine.average import WeightAverage
 from gearshift.engine.balance import balanced, by_length, parts_needed
 from gearshift.engine.batches import Rows
@@ -171,6 +172,7 @@ class ZeroModel:
         if training is not None:
             bind_linears(module)
         bind_fused(module, world.device)
+        bind_asked(module)
         trained = [p for p in module.parameters() if p.requires_grad]
         schedule = training.schedule if training else None
         self.engine = deepspeed.initialize(
@@ -251,6 +253,19 @@ class ZeroModel:
     def _keeps_apart(self) -> bool:
         with self.placed():
             return keeps_apart(self.module, self.world, self.hidden_states)
+
+    @cached_property
+    def _gives_what_is_asked(self) -> bool:
+        with self.placed():
+            return gives_what_is_asked(self.module, self.world, self.hidden_states)
+
+    def apart(self, rows: Packed | Padded, asked: Tensor) -> AbstractContextManager[None]:
+        """For a forward of `rows` whose outputs are read where `asked [B, S]` is True, and nowhere else. The first time
+        collective."""
+        # Activations that are computed again are so when nothing is asked any more.
+        again = self.training is not None and self.training.gradient_checkpointing and torch.is_grad_enabled()
+        skips = isinstance(rows, Packed) and self._gives_what_is_asked and not again
+        return rows.apart(asked if skips else None)
 
     def rows(self, lengths: Tensor | None, width: int) -> Packed | Padded:
         """How a forward takes rows [B, S] that are `width` wide, of which `lengths [B]` tokens are real."""
@@ -340,9 +355,12 @@ class ZeroModel:
                 self._averaging = False
 
     @torch.no_grad()
-    def map(self, function: Callable[[Any], Tensor], batch: R) -> Tensor:
-        """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective."""
-        count_pass(self.module, batch)
+    def map(self, function: Callable[[Any], Tensor], batch: R, ends: bool = False) -> Tensor:
+        """`function(micro_batch)` of this rank's rows, in their order, without gradients. Collective.
+
+        `ends`: it asks for each row's last token alone.
+        """
+        count_pass(self.module, batch, ends=ends)
         # A repeated micro-batch is run as well, since its forward is collective, and its result is dropped.
         with self.placed():
             results = [(rows, function(micro), real) for rows, micro, real in self._micro_batches(batch, self._alone)]

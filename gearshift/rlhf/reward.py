@@ -70,10 +70,9 @@ def answer_rewards(model: RewardModel, batch: ComparisonBatch) -> Tensor:
         present[0] = True
     width = max(1, int(lengths.max()))
     own = lengths[present].clamp(min=1)
-    values = model.forward(batch.tokens.flatten(0, 1)[present][:, :width], own)
-    last = own - 1
-    rewards = values.new_zeros(lengths.shape)
-    rewards = rewards.masked_scatter(present, values.gather(1, last[:, None])[:, 0])
+    tokens = batch.tokens.flatten(0, 1)[present][:, :width]
+    values = model.values_at(own[:, None] - 1, tokens, own)[:, 0]
+    rewards = values.new_zeros(lengths.shape).masked_scatter(present, values)
     return rewards.view_as(batch.lengths)
 
 

@@ -13,7 +13,7 @@ from tests.models import tiny_config
 
 # A tiny llama: 2 layers of hidden size 32, 4 heads of 8, 2 of them for keys and values, 48 in the MLP, 131 tokens.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
-BODY, HEAD, HEADS = 2 * LAYER, 131 * 32, 32
+BODY, LAST, HEAD, HEADS = 2 * LAYER, 3 * 32 * 48, 131 * 32, 32
 
 
 def weights_of(family: str, **more: Any) -> Weights:
@@ -28,14 +28,15 @@ def test_weights_of_a_llama() -> None:
     for tied in (False, True):
         found = weights_of("llama", tie_word_embeddings=tied)
         assert (found.body, found.stored, found.trained, found.head) == (BODY, BODY, BODY, HEAD)
+        assert (found.last, found.last_trained) == (LAST, True)
         assert (found.width, found.windows) == (HEADS, {None: 2})
 
 
 def test_a_pass_over_two_sequences() -> None:
-    """Of 5 and 3 tokens, of 4 of which the head is asked."""
+    """Of 5 and 3 tokens, of 4 of which the head and what is before it since the last attention are asked."""
     found = weights_of("llama")
     attention = 2 * 4 * HEADS * (5 * 5 / 2 + 3 * 3 / 2)
-    forward = 2 * BODY * 8 + attention + 2 * HEAD * 4
+    forward = 2 * (BODY * 8 - LAST * 4) + attention + 2 * HEAD * 4
     assert found.pass_flops([5, 3], 4, backward=False) == forward
     assert found.pass_flops([5, 3], 4, backward=True) == 3 * forward
 
@@ -46,7 +47,7 @@ def test_frozen_weights_have_no_gradient_of_their_own() -> None:
 
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).requires_grad_(False)
     found = Weights.of(model).pass_flops([5], 2, backward=True)
-    assert found == 4 * BODY * 5 + 3 * 2 * 4 * HEADS * 5 * 5 / 2 + 4 * HEAD * 2
+    assert found == 4 * (BODY * 5 - LAST * 3) + 3 * 2 * 4 * HEADS * 5 * 5 / 2 + 4 * HEAD * 2
 
 
 def test_windows_and_experts() -> None:

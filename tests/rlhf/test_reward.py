@@ -55,8 +55,8 @@ class Table:
         values = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         self.table = values.requires_grad_()
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        return self.table[tokens].cumsum(1)
+    def values_at(self, positions: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return self.table[tokens].cumsum(1).gather(1, positions)
 
     def reward(self, row: Comparison, answer: int) -> Tensor:
         """The value at an answer's last token, written out."""
