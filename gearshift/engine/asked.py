@@ -25,7 +25,8 @@ def last_feed_forward(model: Any) -> nn.Module | None:
     found = getattr(lists[0][-1], "mlp", None) if len(lists) == 1 else None
     if not isinstance(found, nn.Module) or len(inspect.signature(type(found).forward).parameters) != 2:
         return None
-    plain = all(type(m) is nn.Linear or not m._parameters for m in found.modules())
+    linears = [m for m in found.modules() if m._parameters]
+    plain = linears and all(type(m) is nn.Linear for m in linears) and linears[-1].out_features == linears[0].in_features
     return found if plain else None
 
 
@@ -38,10 +39,8 @@ def bind_asked(model: Any) -> None:
 
     def forward(_: nn.Module, x: Tensor) -> Tensor:
         rows = asked_now(x)
-        if rows is None:
-            whole: Tensor = own(x)
-            return whole
-        return x.new_zeros(x.shape).index_copy(1, rows, own(x.index_select(1, rows)))
+        found: Tensor = own(x if rows is None else x.index_select(1, rows))
+        return found if rows is None else found.new_zeros(x.shape).index_copy(1, rows, found)
 
     module.forward = types.MethodType(forward, module)
 

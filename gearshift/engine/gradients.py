@@ -89,13 +89,13 @@ class GradientSums:
     def touch_rows(self, parameter: Any, rows: Tensor) -> None:
         """The same of rows [T] of a matrix, to which something will be added."""
         self.begin()
-        if parameter.ds_id not in self._touched and self._expects(parameter, len(rows)):
-            self._rows[parameter.ds_id] = []
+        number, all_rows = parameter.ds_id, [*self._rows.pop(parameter.ds_id, []), rows]
+        sparse = number not in self._touched or len(all_rows) > 1
         if not self.seen(parameter):
             self.clear(parameter)
-        self._touched.add(parameter.ds_id)
-        if parameter.ds_id in self._rows:
-            self._rows[parameter.ds_id].append(rows)
+        self._touched.add(number)
+        if sparse and self._expects(parameter, sum(map(len, all_rows))):
+            self._rows[number] = all_rows
 
     def _expects(self, parameter: Any, rows: int) -> bool:
         """Whether its sums are zeros of which writing so many rows will leave most without memory."""

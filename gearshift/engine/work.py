@@ -125,7 +125,7 @@ class Weights:
 
     def prefill(self, prompts: Sequence[int], answers: int, itemsize: int) -> Work:
         """Of different prompts of these lengths, after which so many answers begin."""
-        flops = self.pass_flops(prompts, answers, backward=False)
+        flops = self.pass_flops(prompts, len(prompts), backward=False) + 2 * self.head * (answers - len(prompts))
         return Work(flops, (self.stored + self.head) * itemsize)
 
     def decode(

@@ -147,6 +147,7 @@ class ZeroModel:
     """
 
     dropout: ResidualDropout | None = None
+    _skips = False  # whether it leaves out what nobody asks for; known once `packs` is
 
     def __init__(
         self,
@@ -251,21 +252,17 @@ class ZeroModel:
 
     @cached_property
     def _keeps_apart(self) -> bool:
+        # Both at once: before a loss begins, whose dropout must not depend on what ran before.
         with self.placed():
-            return keeps_apart(self.module, self.world, self.hidden_states)
-
-    @cached_property
-    def _gives_what_is_asked(self) -> bool:
-        with self.placed():
-            return gives_what_is_asked(self.module, self.world, self.hidden_states)
+            found = keeps_apart(self.module, self.world, self.hidden_states)
+            self._skips = found and gives_what_is_asked(self.module, self.world, self.hidden_states)
+        return found
 
     def apart(self, rows: Packed | Padded, asked: Tensor) -> AbstractContextManager[None]:
-        """For a forward of `rows` whose outputs are read where `asked [B, S]` is True, and nowhere else. The first time
-        collective."""
+        """For a forward of `rows` whose outputs are read where `asked [B, S]` is True, and nowhere else."""
         # Activations that are computed again are so when nothing is asked any more.
         again = self.training is not None and self.training.gradient_checkpointing and torch.is_grad_enabled()
-        skips = isinstance(rows, Packed) and self._gives_what_is_asked and not again
-        return rows.apart(asked if skips else None)
+        return rows.apart(asked if self._skips and not again else None)
 
     def rows(self, lengths: Tensor | None, width: int) -> Packed | Padded:
         """How a forward takes rows [B, S] that are `width` wide, of which `lengths [B]` tokens are real."""

@@ -57,12 +57,12 @@ def families(world: World, folders: dict[str, str]) -> dict[str, tuple[bool, int
     tokens, targets, lengths = responses()
     for name, folder in folders.items():
         model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1)
-        skips = model.packs and model._gives_what_is_asked
+        skips = model.packs and model._skips
         counted = last_projection(model)
         with torch.no_grad():
             some, entropy = model.forward(tokens, targets, 0.7, True, lengths)
             seen = 0 if counted is None else counted.tokens
-            model.__dict__["_gives_what_is_asked"] = False
+            model._skips = False
             whole, right = model.forward(tokens, targets, 0.7, True, lengths)
         assert entropy is not None
         assert right is not None
@@ -87,8 +87,8 @@ def gradients_of(world: World, folder: str, skips: bool, again: bool) -> tuple[f
     model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=4, training=training)
     assert model.packs
     if not skips:
-        model.__dict__["_gives_what_is_asked"] = False
-    assert model._gives_what_is_asked == skips
+        model._skips = False
+    assert model._skips == skips
     counted = last_projection(model)
     assert counted is not None
     tokens, targets, _ = responses()
@@ -114,7 +114,7 @@ def test_gradients_are_the_same(two_ranks: WorkerGroup, tmp_path: Path) -> None:
 def values_at_ends(world: World, folder: str) -> tuple[Tensor, Tensor, int]:
     model = RewardModel.load(folder, world, dtype=torch.float32, micro_batch_size=1, new_head=True)
     assert model.packs
-    assert model._gives_what_is_asked
+    assert model._skips
     tokens, _, lengths = batch(LENGTHS)
     positions = torch.stack([lengths - 1, lengths // 2, torch.zeros_like(lengths)], 1)
     mask = torch.tensor([True, True, False]).expand_as(positions)
@@ -137,7 +137,7 @@ def of_another_layer(world: World, folder: str) -> tuple[bool, Tensor, Tensor]:
     with patch.object(asked, "last_feed_forward", lambda model: model.base_model.layers[0].mlp):
         model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1)
         assert model.packs
-        skips = model._gives_what_is_asked
+        skips = model._skips
     tokens, targets, lengths = responses()
     with torch.no_grad():
         found = model.forward(tokens, targets, lengths=lengths)[0]
@@ -148,6 +148,29 @@ def test_a_model_that_is_found_to_mix_tokens_computes_all(one_rank: WorkerGroup,
     skips, found, right = one_rank.run(of_another_layer, str(save_tiny("llama", tmp_path / "llama")))[0]
     assert not skips
     assert (found - right).abs().max() <= 2e-5
+
+
+def dropped(world: World, folder: str, evaluates: bool) -> dict[str, Tensor]:
+    """The gradient of a first loss with dropout, with or without another forward before it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    training = Training(learning_rate=0.1, optimizer="sgd", max_grad_norm=0.0)
+    model = CausalModel.load(
+        folder, world, dtype=torch.float32, micro_batch_size=8, training=training, residual_dropout=0.2
+    )
+    tokens, targets, _ = responses()
+    rows = TokenBatch(tokens, targets)
+    if evaluates:
+        model.evaluate(language_loss, rows)
+    model.accumulate(language_loss, rows)
+    assert model._skips
+    return {name: safe_get_full_grad(p).clone() for name, p in model.module.named_parameters()}
+
+
+def test_finding_out_draws_no_dropout(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "llama"))
+    at_once, later = (one_rank.run(dropped, folder, evaluates)[0] for evaluates in (False, True))
+    assert all(torch.equal(at_once[name], later[name]) for name in later)
 
 
 def nothing_asked(world: World, folder: str) -> float:
