@@ -7,6 +7,7 @@ Letters: N tokens of a packed row, n of them asked for, H features.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from typing import Any
@@ -25,8 +26,9 @@ def last_feed_forward(model: Any) -> nn.Module | None:
     found = getattr(lists[0][-1], "mlp", None) if len(lists) == 1 else None
     if not isinstance(found, nn.Module) or len(inspect.signature(type(found).forward).parameters) != 2:
         return None
-    linears = [m for m in found.modules() if m._parameters]
-    plain = linears and all(type(m) is nn.Linear for m in linears) and linears[-1].out_features == linears[0].in_features
+    inside = [m for m in found.modules() if m._parameters]
+    linears = [m for m in inside if type(m) is nn.Linear]
+    plain = inside == linears and inside and linears[-1].out_features == linears[0].in_features
     return found if plain else None
 
 
@@ -37,6 +39,7 @@ def bind_asked(model: Any) -> None:
         return
     own = module.forward
 
+    @functools.wraps(own)
     def forward(_: nn.Module, x: Tensor) -> Tensor:
         rows = asked_now(x)
         found: Tensor = own(x if rows is None else x.index_select(1, rows))

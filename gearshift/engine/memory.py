@@ -50,30 +50,30 @@ class Scratch:
 
     def __init__(self, tensor: Tensor):
         self._storage = tensor.untyped_storage()
-        self.size, self._there = self._storage.nbytes(), True
+        self._size, self._there = self._storage.nbytes(), True
         self._start = self._storage.data_ptr()
         self.comes_empty = False  # whether it holds zeros after `take`; what nobody writes of it then takes no memory
         self._on_host = tensor.device.type == "cpu" and self.by_pages
         if self._on_host:
-            _advise(self._start, self.size, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
+            _advise(self._start, self._size, _HUGE_PAGES)  # they come again in steps of 2 MiB instead of 4 KiB
 
     @property
     def bytes(self) -> int:
         """What it takes now."""
-        return self.size if self._there else 0
+        return self._size if self._there else 0
 
     def take(self) -> bool:
         """Whether it was not there; what it holds then means nothing."""
         if self._there:
             return False
         if not self._on_host:
-            self._storage.resize_(self.size)
+            self._storage.resize_(self._size)
         self._there = True
         return True
 
     def release(self) -> None:
         if self._there and self._on_host:
-            self.comes_empty = _advise(self._start, self.size, _NOT_NEEDED)
+            self.comes_empty = _advise(self._start, self._size, _NOT_NEEDED)
             self._clear_edges()
         elif self._there:
             self._storage.resize_(0)
@@ -91,7 +91,7 @@ class Scratch:
     def _clear_edges(self) -> None:
         """What stands in a page with something else did not go."""
         whole = torch.empty(0, dtype=torch.uint8).set_(self._storage)
-        start, end = _pages(self._start, self.size)
+        start, end = _pages(self._start, self._size)
         whole[: start - self._start] = 0
         whole[end - self._start :] = 0
 
@@ -122,22 +122,22 @@ class Releasable:
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
-        each = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
-        self._tensors = [(tensor, Scratch(tensor)) for tensor in each.values()]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
 
     @property
     def bytes(self) -> int:
         """What they take when they are there."""
-        return sum(memory.size for _, memory in self._tensors)
+        return sum(size for _, size in self._storages)
 
     def release(self) -> None:
-        for _, memory in self._tensors:
-            memory.release()
+        for storage, _ in self._storages:
+            storage.resize_(0)
 
     def restore(self) -> bool:
         """Whether there was anything to take; what was taken is filled with 0."""
-        taken = [(tensor, memory) for tensor, memory in self._tensors if memory.take()]
-        for tensor, memory in taken:
-            if not memory.comes_empty:
-                torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).zero_()
-        return bool(taken)
+        gone = [(storage, size) for storage, size in self._storages if storage.nbytes() != size]
+        for storage, size in gone:
+            storage.resize_(size)
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+        return bool(gone)

@@ -74,8 +74,11 @@ class Packed:
         """
         if asked is not None:
             self.sequences.ask(self.join(asked)[0])
-        with self.sequences.current():
-            yield
+        try:
+            with self.sequences.current():
+                yield
+        finally:
+            self.sequences.asked = None  # a model's masks outlive the forward
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

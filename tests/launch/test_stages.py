@@ -97,7 +97,10 @@ def check_profile(folder: Path) -> None:
     for row in times:
         assert sum(float(part.removesuffix("%")) for part in row[3:]) == pytest.approx(100, abs=0.2)
     flops = {row[0].replace("&emsp;", ""): float(row[1]) for row in roofline if row[1] != "-"}
-    assert flops["forward and backward"] == pytest.approx(3 * flops["reward model"], rel=0.02)  # the critic's is last
+    scored = next(float(row[1]) for row in roofline if row[0].endswith("critic"))
+    # The critic's is last; a rank trains on other rows than it has scored.
+    assert flops["forward and backward"] == pytest.approx(3 * scored, rel=0.06)
+    assert scored > flops["reward model"]  # which is asked for the last token alone
     assert flops["score"] == pytest.approx(flops["reward model"] * 2 + flops["reference"], rel=0.02)
 
 
