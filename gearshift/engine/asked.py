@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.distributed import World
-from gearshift.engine.packing import Packed, Run, asked_now
+from gearshift.engine.packing import Run, Trial, asked_now
 
 
 def last_feed_forward(model: Any) -> nn.Module | None:
@@ -48,22 +48,13 @@ def bind_asked(model: Any) -> None:
     module.forward = types.MethodType(forward, module)
 
 
-@torch.no_grad()
 def gives_what_is_asked(model: Any, world: World, run: Run) -> bool:
     """Whether a model that packs, and of which `bind_asked` has found a part, has the same outputs where they are asked
     for as it has without. Collective."""
     if last_feed_forward(model) is None:
         return False
-    lengths = torch.tensor([7, 9], device=world.device)
-    tokens = torch.arange(18, device=world.device).view(2, 9) * 31 % model.get_input_embeddings().num_embeddings
-    asked = torch.zeros(2, 9, dtype=torch.bool, device=world.device)
+    trial = Trial(model, world, run)
+    asked = torch.zeros_like(trial.tokens, dtype=torch.bool)
     asked[0, 3:7] = asked[1, 0] = asked[1, 8] = True
-    found = []
-    for where in (None, asked):
-        packed = Packed(lengths, 9)
-        with packed.apart(where):
-            found.append(packed.spread(run(packed.join(tokens), packed.positions))[asked])
-    exact = next(model.parameters()).dtype == torch.float32
-    bound = max(1.0, float(found[0].abs().max())) * (1e-5 if exact else 2e-2)
-    spared = packed.sequences.spared
-    return not world.max(float(not (spared and float((found[1] - found[0]).abs().max()) <= bound)))
+    (right, _), (found, rows) = trial.packed(), trial.packed(asked)
+    return not world.max(float(not (rows.sequences.spared and trial.agree(found[asked], right[asked]))))

@@ -59,7 +59,7 @@ class GradientSums:
         optimizer.reduce_ready_partitions_and_remove_grads = self._add
         optimizer._prepare_fp32_grad_for_sub_group = self._hand_over
         optimizer._get_norm_groups = self._norms
-        optimizer.unscale_and_clip_grads = self._scale
+        optimizer.unscale_and_clip_grads = self._clip
 
     @classmethod
     def of(cls, optimizer: Any, world: World) -> GradientSums | None:
@@ -211,7 +211,7 @@ class GradientSums:
         return list(torch.where(norms.isfinite(), norms, -1.0))
 
     @torch.no_grad()
-    def _scale(self, number: int, norm: Tensor) -> None:
+    def _clip(self, number: int, norm: Tensor) -> None:
         """A group's gradient, so that the norm of all becomes DeepSpeed's bound for it if it is more. Where nothing was
         written nothing is."""
         scale, bound = self._optimizer.loss_scale, self._optimizer.clip_grad

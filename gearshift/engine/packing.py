@@ -254,6 +254,29 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, ask
 # --- whether a model can ---------------------------------------------------------------------------------------------
 
 
+class Trial:
+    """Two sequences that a model is given to see what it makes of a row that they share."""
+
+    def __init__(self, model: Any, world: World, run: Run):
+        self._run = run
+        self._exact = next(model.parameters()).dtype == torch.float32
+        self.lengths = torch.tensor([7, 9], device=world.device)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        self.tokens = torch.arange(18, device=world.device).view(2, 9) * 31 % vocabulary
+
+    @torch.no_grad()
+    def packed(self, asked: Tensor | None = None) -> tuple[Tensor, Packed]:
+        """Outputs [2, 9, ...] of the row, and the row."""
+        rows = Packed(self.lengths, 9)
+        with rows.apart(asked):
+            return rows.spread(self._run(rows.join(self.tokens), rows.positions)), rows
+
+    def agree(self, found: Tensor, right: Tensor) -> bool:
+        """To rounding."""
+        largest = max(1.0, float(right.abs().max()))
+        return float((found - right).abs().max()) <= largest * (1e-5 if self._exact else 2e-2)
+
+
 @torch.no_grad()
 def keeps_apart(model: Any, world: World, run: Run) -> bool:
     """Whether `model` keeps apart sequences that share a row: two of them so, against each alone, by `run`. Collective.
@@ -266,17 +289,9 @@ def keeps_apart(model: Any, world: World, run: Run) -> bool:
     if config._attn_implementation != "sdpa":
         return False
     register()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    lengths = torch.tensor([7, 9], device=world.device)
-    tokens = torch.arange(18, device=world.device).view(2, 9) * 31 % vocabulary
-    padded = run(tokens, None)  # right-padded: no sequence sees the other, nor what follows it
-    alone = [row[:length] for row, length in zip(padded, lengths.tolist(), strict=True)]
-    packed = Packed(lengths, 9)
-    with packed.apart():
-        found = packed.spread(run(packed.join(tokens), packed.positions))
-    largest = max(float(part.abs().max()) for part in alone)
-    gap = max(float((row[: len(part)] - part).abs().max()) for row, part in zip(found, alone, strict=True))
-    exact = next(model.parameters()).dtype == torch.float32
-    apart = gap <= max(1.0, largest) * (1e-5 if exact else 2e-2)
-    every_layer = packed.sequences.layers >= config.num_hidden_layers and not packed.sequences.crossed
-    return not world.max(float(not (apart and every_layer)))
+    trial = Trial(model, world, run)
+    padded = run(trial.tokens, None)  # right-padded: no sequence sees the other, nor what follows it
+    found, rows = trial.packed()
+    real = torch.arange(9, device=world.device) < trial.lengths[:, None]
+    every_layer = rows.sequences.layers >= config.num_hidden_layers and not rows.sequences.crossed
+    return not world.max(float(not (trial.agree(found[real], padded[real]) and every_layer)))

@@ -264,6 +264,33 @@ def test_rows_of_a_large_vocabulary_that_no_token_has_take_no_memory(one_rank: W
     assert 0 < held <= clipped < whole // 10
 
 
+def large_vocabulary(world: World, folder: str, by_pages: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether rows of the embedding's gradient were told apart; and `two_steps`, with clipping."""
+    told, clipped = list[bool](), gradients.GradientSums._clip
+
+    def clip(sums: gradients.GradientSums, number: int, norm: Tensor) -> None:
+        told.append(bool(sums._rows))
+        clipped(sums, number, norm)
+
+    with patch.object(Scratch, "by_pages", by_pages), patch.object(gradients.GradientSums, "_clip", clip):
+        found = two_steps(world, folder, {}, torch.float32, 0.5, "sgd")
+    return all(told), found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+@pytest.mark.parametrize("ranks", ["one_rank", "three_ranks"])
+def test_rows_alone_are_the_same_gradient(request: pytest.FixtureRequest, tmp_path: Path, ranks: str) -> None:
+    """Of several micro-batches and losses, scaled to the bound of the norm."""
+    folder = str(save_tiny("llama", tmp_path / "llama", vocab_size=60_000))
+    group = request.getfixturevalue(ranks)
+    (sparse, found), (dense, right) = (group.run(large_vocabulary, folder, how)[0] for how in (True, False))
+    assert (sparse, dense) == (True, False)
+    assert right["norms"][0] > 0.5
+    assert found["norms"] == pytest.approx(right["norms"], rel=1e-6)
+    assert all(distance(*pair) <= 1e-6 for pair in zip(found["gradients"], right["gradients"], strict=True))
+    assert distance(found["weights"], right["weights"]) <= 1e-7
+
+
 def step_without_a_loss(world: World, folder: str) -> float:
     """After one with: nothing of its gradient is left."""
     model = CausalModel.load(

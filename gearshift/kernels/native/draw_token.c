@@ -43,15 +43,12 @@ INLINE lanes weights_of(const float *logits, int64_t count, float largest)
 INLINE double sum_of(const float *logits, int64_t tokens, float largest)
 {
     lanes sums = {0};
-    double sum = 0.0;
     int64_t k = 0;
     for (; k + LANES <= tokens; k += LANES)
         sums += weights_of(logits + k, LANES, largest);
     if (k < tokens)
         sums += weights_of(logits + k, tokens - k, largest);
-    for (int lane = 0; lane < LANES; lane++)
-        sum += sums[lane];
-    return sum;
+    return total_of(sums);
 }
 
 INLINE int64_t blocks_of(int64_t tokens)

@@ -39,10 +39,8 @@ INLINE void states_of(const struct logit_states *given, int64_t token, const int
             if (entropy)
                 weighted += share * gap;
         }
-        for (int lane = 0; lane < LANES; lane++) {
-            total += shares[lane];
-            numerator += weighted[lane];
-        }
+        total += total_of(shares);
+        numerator += total_of(weighted);
     }
     state[0] = top;
     state[1] = (float)total;

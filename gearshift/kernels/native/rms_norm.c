@@ -7,15 +7,6 @@
 #include "native.h"
 #include "vectors.h"
 
-/* Numbers in lanes of their own are added in one order always. */
-INLINE double total_of(lanes sums)
-{
-    double total = 0;
-    for (int lane = 0; lane < LANES; lane++)
-        total += sums[lane];
-    return total;
-}
-
 struct rms_norm {
     int64_t features;
     const float *x, *weight;

@@ -28,9 +28,7 @@ EXPORT void gearshift_squares(int64_t first, int64_t last, const struct squares 
                 sums += a * a;
                 others += b * b;
             }
-            sums += others;
-            for (int lane = 0; lane < LANES; lane++)
-                total += sums[lane];
+            total += total_of(sums + others);
         }
         given->sums[block] = total;
     }

@@ -63,6 +63,15 @@ INLINE float sum_of_lanes(lanes x)
     return x[0];
 }
 
+/* In fp64, in one order always. */
+INLINE double total_of(lanes x)
+{
+    double total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        total += x[lane];
+    return total;
+}
+
 INLINE float largest_lane(lanes x)
 {
 #if LANES > 8
