@@ -1,6 +1,6 @@
-"""Over several hosts no launcher ends the others when a rank fails: the first to say why tells them through the store.
+"""The first rank to fail says why, and tells the others through the store that it has.
 
-On one host DeepSpeed's launcher does that, within a second, and nothing here is needed.
+On one host DeepSpeed's launcher then ends them, within a second or so; over several hosts they end themselves.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ def own_store(name: str) -> Any:
     return dist.PrefixStore(f"gearshift/{name}", store.clone())
 
 
-def may_speak(code: int) -> bool:
-    """Whether this rank, which ends with `code`, is the first of all and so the one to say why.
+def code_before(code: int) -> int | None:
+    """Tells all ranks that this one ends with `code`. None where it is the first, and so the one to say why; otherwise
+    the code to end with in silence: that of the first.
 
-    Not where the store is gone: rank 0, which keeps it, stays until the others know.
+    Where the store is gone, so is rank 0, which keeps it and stays until the others know.
     """
-    if not several_hosts() or not dist.is_initialized():
-        return True
+    if not dist.is_initialized():
+        return None
     own = f"{os.environ['RANK']} {code}"
     try:
-        return bool(own_store("ending").compare_set("first", "", own).decode() == own)
+        first = own_store("ending").compare_set("first", "", own).decode()
     except RuntimeError:
-        return False
+        return code
+    return None if first == own else int(first.split()[1])
 
 
 def follow_the_first() -> None:

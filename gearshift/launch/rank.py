@@ -65,11 +65,12 @@ def _fail(message: str, code: int, wait: float, alone: bool = True) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(wait)
     if message and alone and "torch" in sys.modules:
-        from gearshift.engine.endings import linger, may_speak
+        from gearshift.engine.endings import code_before, linger
 
-        if may_speak(code):
-            print(message, file=sys.stderr, flush=True)
-            linger()
+        if (first := code_before(code)) is not None:
+            _leave(first)
+        print(message, file=sys.stderr, flush=True)
+        linger()
     elif message:
         print(message, file=sys.stderr)
     _leave(code)

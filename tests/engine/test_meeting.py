@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gearshift.engine import World, endings, meeting
-from gearshift.engine.endings import code_of_the_first, is_lost_connection, may_speak, own_store
+from gearshift.engine.endings import code_before, code_of_the_first, is_lost_connection, own_store
 from gearshift.engine.meeting import CONFIG, Card, Meeting, interface_towards, meet, what_is_wrong
 from gearshift.errors import Told, UserError
 from tests.worker_group import WorkerGroup, free_port
@@ -105,22 +105,19 @@ def test_a_port_of_another_program(two_ranks: WorkerGroup) -> None:
     assert client.startswith("rank 1 on h1 got no answer from rank 0 at 127.0.0.1:")
 
 
-def speak(world: World) -> tuple[bool, int | None]:
-    """As if each rank was on a host of its own."""
-    local_size = os.environ["LOCAL_SIZE"]
-    os.environ["LOCAL_SIZE"] = "1"
-    try:
-        return may_speak(40 + world.rank), code_of_the_first(own_store("ending"))
-    finally:
-        os.environ["LOCAL_SIZE"] = local_size
+def speak(world: World) -> tuple[int | None, int | None]:
+    return code_before(40 + world.rank), code_of_the_first(own_store("ending"))
 
 
 def test_one_rank_says_why_the_run_ends(two_ranks: WorkerGroup) -> None:
     answers = two_ranks.run(speak)
-    assert sorted(spoke for spoke, _ in answers) == [False, True]
-    speaker = [spoke for spoke, _ in answers].index(True)
-    assert answers[speaker][1] is None  # it has more to say
-    assert answers[1 - speaker][1] == 40 + speaker
+    speaker = [before for before, _ in answers].index(None)
+    assert answers[speaker] == (None, None)  # it has more to say
+    assert answers[1 - speaker] == (40 + speaker, 40 + speaker)
+
+
+def test_a_rank_that_is_alone_says_why() -> None:
+    assert code_before(1) is None
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,24 @@ def test_the_rank_that_found_the_mistake_is_the_one_that_speaks(here: Path) -> N
     assert done.returncode == 2
 
 
+def test_nobody_speaks_after_the_first(here: Path) -> None:
+    """The same two ranks, and no launcher that would end the one whose all-reduce breaks."""
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "-m", "tests.launch.toy_stage", "--config", toy_config(1)]
+    ranks = [
+        subprocess.Popen(
+            [*words, f"--local_rank={rank}"],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert said == ["", "gearshift pretrain: rank 1 found an empty row\n"]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
 def test_a_crash_keeps_its_traceback(here: Path) -> None:
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
