@@ -16,3 +16,15 @@ def resident_bytes(tensor: Tensor) -> int:
     mappings = _MAPPING.findall(Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace"))
     inside = [int(kb) * 1024 for low, high, kb in mappings if start <= int(low, 16) and int(high, 16) <= end]
     return sum(inside) if inside else tensor.nbytes
+
+
+def resident_bytes_of_file(path: Path) -> int:
+    """Of all mappings of it."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    found, inside = 0, False
+    for line in lines:
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(f" {path}")
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found

@@ -57,6 +57,7 @@ class CausalModel(ZeroModel):
             seed=seed,
             deepspeed_extra=deepspeed_extra,
             lora=lora,
+            frozen=training is None,
         )
         bind_logprob_head(module)
         # Before DeepSpeed adds its own hooks, which then see what this one gives.

@@ -53,7 +53,9 @@ class Classifier(ZeroModel):
         """From a folder or hub name. Raises SettingError, naming reward.init, for a model with several outputs."""
         from transformers import AutoModelForSequenceClassification
 
-        module = load_module(AutoModelForSequenceClassification, init, world, dtype, deepspeed_extra=deepspeed_extra)
+        module = load_module(
+            AutoModelForSequenceClassification, init, world, dtype, deepspeed_extra=deepspeed_extra, frozen=True
+        )
         if module.config.num_labels != 1:
             raise SettingError(
                 "reward.init", f"{init} has {module.config.num_labels} outputs; a reward model has 1 (num_labels: 1)"

@@ -63,18 +63,24 @@ def _indexed(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _tensor_names(file: Path) -> set[str]:
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where the tensors' bytes begin, and what it says of each (`dtype`, `shape`,
+    `data_offsets` from there). Raises UserError for a file that is not whole."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         # Any other file's first bytes make a number larger than the file.
         header = opened.read(length) if length <= size else b""
     try:
-        tensors = json.loads(header)
+        tensors: dict[str, Any] = json.loads(header)
         tensors.pop("__metadata__", None)
         whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError):
         raise UserError(f"{file}: is not a whole safetensors file: copy it there again") from None
     if size != whole:
         raise UserError(f"{file}: has {size:,} bytes, its header says {whole:,}: copy it there again")
-    return set(tensors)
+    return 8 + length, tensors
+
+
+def _tensor_names(file: Path) -> set[str]:
+    return set(read_header(file)[1])

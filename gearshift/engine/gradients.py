@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.adam import Part, RowAdamW
 from gearshift.engine.distributed import World
 from gearshift.engine.memory import Scratch
 from gearshift.engine.neighbours import Neighbours, neighbours
@@ -60,6 +61,8 @@ class GradientSums:
         optimizer._prepare_fp32_grad_for_sub_group = self._hand_over
         optimizer._get_norm_groups = self._norms
         optimizer.unscale_and_clip_grads = self._clip
+        if isinstance(optimizer.optimizer, RowAdamW) and self._shard().device.type == "cpu":
+            optimizer.optimizer.parts = self._parts_of_step
 
     @classmethod
     def of(cls, optimizer: Any, world: World) -> GradientSums | None:
@@ -219,23 +222,31 @@ class GradientSums:
             scale = ((norm / scale + 1e-6) / bound).clamp(min=1.0) * scale
         if self._shard().device.type == "cpu" and scale == 1.0:
             return  # on a GPU it would have to be asked
-        for written, rows in self._written(number):
-            if rows is None:
+        whole = self._optimizer.fp32_partitioned_groups_flat[number].grad
+        for part in self._parts_of_group(number):
+            written = whole[part.start : part.end]
+            if part.rows is None:
                 written.mul_(1.0 / scale)
             else:
-                written[rows] *= 1.0 / scale
+                written.view(-1, part.width)[part.rows] *= 1.0 / scale
 
-    def _written(self, number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """A group's gradient in pieces: flat ones, or a matrix of which only these rows may be other than 0."""
-        whole = self._optimizer.fp32_partitioned_groups_flat[number].grad
+    def _parts_of_step(self, flat: Tensor) -> Iterator[Part]:
+        """Of a group's fp32 weights."""
+        groups = self._optimizer.fp32_partitioned_groups_flat
+        return self._parts_of_group(next(number for number, own in enumerate(groups) if own is flat))
+
+    def _parts_of_group(self, number: int) -> Iterator[Part]:
+        """A group's gradient, divided so that matrices of which only some rows may be other than 0 are parts."""
         first = end = 0
         for parameter in self._optimizer.fp16_groups[number]:
             start, end = end, end + parameter.partition_numel()
             if self._ranks == 1 and (rows := self._rows.get(parameter.ds_id)):
-                yield whole[first:start], None
-                yield whole[start:end].view(parameter.ds_shape), torch.cat(rows).unique()
+                if first < start:
+                    yield Part(first, start)
+                yield Part(start, end, torch.cat(rows).unique(), parameter.ds_shape[1])
                 first = end
-        yield whole[first:], None
+        if first < end:
+            yield Part(first, end)
 
 
 # Rows of a product that a rank's part of a weight must have to be worth one of its own.

@@ -18,6 +18,7 @@ from torch import nn
 
 from gearshift.engine.adapters import add_adapters
 from gearshift.engine.distributed import World
+from gearshift.engine.mapped import MappedWeights, may_map
 from gearshift.engine.settings import LoraSettings
 from gearshift.engine.weights import SafetensorsFolder, persistent_buffers
 from gearshift.errors import SettingError, UserError, one_line
@@ -32,10 +33,12 @@ def build_on_meta(auto_class: Any, config: Any, dtype: torch.dtype, origin: str 
     Raises SettingError, naming the config's `origin` (a file or a setting), for a model that cannot be.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     _check_head_exists(auto_class, config, origin)
     try:
-        with init_empty_weights(include_buffers=False):
+        # Weights that have no memory need no values: that takes most of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class.from_config(config, dtype=dtype)
     except Exception as error:  # sizes that do not fit, an unknown activation ...: each family raises its own types
         raise SettingError(origin, f"no {config.model_type} can be built from it: {one_line(error)}") from error
@@ -79,6 +82,7 @@ def materialise(
     head_check: Callable[[Any], None] | None = None,
     seed: int = 0,
     offload: dict[str, Any] | None = None,
+    frozen: bool = False,
 ) -> None:
     """Fill every parameter and cut it by ZeRO-3, module by module. Collective.
 
@@ -86,6 +90,7 @@ def materialise(
     `may_be_missing`: parameters that are initialised when the folder lacks them (a new value head).
     `head_check`: called with the model on rank 0 while the weight of its LM head is whole.
     `offload`: DeepSpeed's `zero_optimization.offload_param` section.
+    `frozen`: no step will change it, so that weights may stay in their files (`engine.mapped`).
     Raises UserError on every rank for a missing parameter or a wrong shape. Only rank 0 reads the folder.
     """
     allowed = set(may_be_missing)
@@ -94,6 +99,8 @@ def materialise(
         if world.is_main and folder is not None:
             source = SafetensorsFolder(folder, model)
             source.check(model, allowed)
+    mapped = MappedWeights(source) if source is not None and frozen and may_map(world, offload) else None
+    model.mapped = mapped
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     owners, since_trim = _owners(model), 0
@@ -111,6 +118,9 @@ def materialise(
                     head_check(model)
         size = sum(p.numel() * p.element_size() for p in own.values())
         partition(own, offload or {})
+        if mapped is not None:
+            for name, parameter in own.items():
+                mapped.take(f"{prefix}.{name}" if prefix else name, parameter)
         since_trim += size
         if since_trim >= TRIM_EVERY_BYTES:
             _return_freed_memory()
@@ -205,11 +215,12 @@ def load_module(
     seed: int = 0,
     deepspeed_extra: dict[str, Any] | None = None,
     lora: LoraSettings | None = None,
+    frozen: bool = False,
 ) -> Any:
     """A ZeRO-3-cut `transformers` module from a folder or hub name, or (with `init` "config") from nothing.
 
     Collective. Dropout is off in every model; `module.dropout_rates` are the config's own, for saving. With `lora`,
-    Linear layers get adapters.
+    Linear layers get adapters. `frozen`: as in `materialise`.
     Raises UserError for missing, misshapen or unknown weights.
     """
     folder = None
@@ -233,6 +244,7 @@ def load_module(
         head_check=head_check,
         seed=seed,
         offload=offload,
+        frozen=frozen,
     )
     if lora is not None:
         for factor in add_adapters(module, lora, seed):

@@ -115,6 +115,25 @@ def _advise(start: int, size: int, advice: int) -> bool:
     return start >= end or call(start, end - start, advice) == 0
 
 
+def forget_zeros(tensor: Tensor) -> None:
+    """Of zeros on a CPU: their pages go, and each comes again when somebody asks for it."""
+    _advise(tensor.data_ptr(), tensor.nbytes, _NOT_NEEDED)
+
+
+def untouched_zeros(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, which take no memory on a CPU until somebody writes others."""
+    found = torch.empty_like(like)
+    memory = Scratch(found)
+    memory.release()
+    memory.take()
+    return found if memory.comes_empty else found.zero_()
+
+
+def take_small_pages(tensor: Tensor) -> None:
+    """Parts of it will be left out, and are in few of its pages of 4 KiB."""
+    _advise(tensor.data_ptr(), tensor.nbytes, _SMALL_PAGES)
+
+
 class Releasable:
     """Tensors whose memory can be given back and taken again, while they and all views of them stay what they are.
 

@@ -66,6 +66,13 @@ class SafetensorsFolder:
         source = self._sources[name]
         return self._joined(name, source, [stored.read() for stored in source.stored])
 
+    def place(self, name: str) -> tuple[Path, str] | None:
+        """The file that holds a parameter as it is, and under which name. None where it is put together."""
+        source = self._sources.get(name)
+        if source is None or source.converter is not None:
+            return None
+        return source.stored[0].file, source.stored[0].key
+
     def check(self, model: nn.Module, may_be_missing: Iterable[str] = ()) -> None:
         """Every parameter is there, with the shape that the config says, or UserError names the first that is not."""
         allowed = set(may_be_missing)

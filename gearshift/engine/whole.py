@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine.distributed import World
+from gearshift.engine.mapped import MappedWeights
 from gearshift.engine.memory import Scratch
 from gearshift.engine.neighbours import Neighbours, neighbours
 from gearshift.engine.sharded import has_own_memory, lay_together
@@ -34,6 +35,7 @@ class WholeWeights:
         self._kept = [p for p in parameters if p.ds_persist]
         self._runs = _runs([p for p in parameters if not p.ds_persist], near)
         self._trains = any(p.requires_grad for p in parameters)
+        self._mapped: MappedWeights | None = getattr(module, "mapped", None)
         self._depth = 0
         # A forward outside of `placed` finds them too; what a backward pass may need stays until `leave`.
         module.register_forward_pre_hook(lambda *_: self._enter())
@@ -76,8 +78,12 @@ class WholeWeights:
         """What is not kept whole goes, if it is there: before shards change, for one thing."""
         for run in self._runs:
             run.release()
+        if self._mapped is not None:
+            self._mapped.leave()
 
     def _enter(self) -> None:
+        if self._mapped is not None:
+            self._mapped.check()
         if not all(_is_there(p) for p in self._kept):
             self._kept[0].all_gather(self._kept)
         for run in self._runs:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gearshift.engine.adam import RowAdamW
 from gearshift.engine.adapters import train_adapters_only
 from gearshift.engine.asked import bind_asked, gives_what_is_asked
 from gearshift.engine.average import WeightAverage
@@ -110,7 +111,7 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(
+    return RowAdamW(
         parameters,
         lr=training.learning_rate,
         betas=training.betas,

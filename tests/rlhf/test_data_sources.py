@@ -46,7 +46,7 @@ def test_gzip_parquet_and_text(tmp_path):
         ("rows.jsonl", b"\n\n", "rows.jsonl: the data set is empty"),
         ("text.txt", b"  \n", "text.txt: the data set is empty"),
         ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20], "rows.jsonl.gz: cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-20], "rows.jsonl.gz: cannot be read"),
         ("rows.parquet", b"not parquet", "rows.parquet: is not valid parquet"),
         ("rows.csv", b"a,b", "rows.csv: cannot tell the format"),
     ],
