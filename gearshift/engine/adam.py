@@ -17,8 +17,9 @@ from torch.optim.adamw import adamw
 
 from gearshift.engine.memory import forget_zeros, take_small_pages, untouched_zeros
 
-# The share of a matrix's rows from which a step takes all of it: rows that are picked out are copied to and fro.
-MANY = 0.5
+# The share of a matrix's rows from which a step takes all of it. Rows that are picked out are copied to and fro: four
+# tensors of them for as long as a step takes, which at a half would be more than their moments' pages.
+MANY = 0.25
 
 
 class Part(NamedTuple):
@@ -121,9 +122,9 @@ def _step(pieces: list[list[Tensor]], number: Tensor, group: dict[str, Any]) -> 
 
 def _not_zero(moments: list[Tensor]) -> Tensor:
     """Which rows [V] of matrices [V, H] hold anything; the memory of others is given back."""
-    bounds = [bound != 0 for moment in moments for bound in moment.aminmax(dim=1)]
     for moment in moments:
         take_small_pages(moment)
+    bounds = [bound != 0 for moment in moments for bound in moment.aminmax(dim=1)]
     live = torch.stack(bounds).any(0)
     dead = torch.nn.functional.pad(~live, (1, 1)).to(torch.int8).diff()
     starts, ends = (dead == 1).nonzero().flatten().tolist(), (dead == -1).nonzero().flatten().tolist()

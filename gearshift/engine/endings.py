@@ -10,11 +10,14 @@ import re
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 FOLLOW_SECONDS = 2.0
+POLL_SECONDS = 0.25  # of a rank that is about to end
+STORE_SECONDS = 5.0  # that a rank which ends waits for an answer of the store
 _LOST = re.compile(r"connection|peer|gloo|nccl|broken pipe|timed out|timeout|socket", re.IGNORECASE)
 
 
@@ -29,20 +32,31 @@ def own_store(name: str) -> Any:
     return dist.PrefixStore(f"gearshift/{name}", store.clone())
 
 
-def code_before(code: int) -> int | None:
-    """Tells all ranks that this one ends with `code`. None where it is the first, and so the one to say why; otherwise
-    the code to end with in silence: that of the first.
+def code_before(code: int, wait: float = 0.0) -> int | None:
+    """Waits so many seconds for another rank to say why the run ends; if none does, tells all that this one ends with
+    `code`. None: it is to say why. Otherwise the code to end with in silence.
 
-    Where the store is gone, so is rank 0, which keeps it and stays until the others know.
+    Where the store is gone, so is rank 0, which keeps it and stays until the others know: over several hosts it has
+    spoken, on one it may have been killed.
     """
-    if not dist.is_initialized():
+    until, rank = time.monotonic() + wait, os.environ.get("RANK", "0")
+    if not dist.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        time.sleep(wait)
         return None
-    own = f"{os.environ['RANK']} {code}"
+    # Not a connection of its own, which takes minutes to find that there is nobody to connect to.
+    store: Any = dist.PrefixStore("gearshift/ending", dist.distributed_c10d._get_default_store())
+    own = f"{rank} {code}"
     try:
-        first = own_store("ending").compare_set("first", "", own).decode()
+        store.set_timeout(timedelta(seconds=STORE_SECONDS))
+        while time.monotonic() < until:
+            if (first := code_of_the_first(store)) is not None:
+                return first
+            time.sleep(POLL_SECONDS)
+        found = store.compare_set("first", "", own).decode()
     except RuntimeError:
-        return code
-    return None if first == own else int(first.split()[1])
+        time.sleep(max(0.0, until - time.monotonic()))
+        return code if several_hosts() and rank != "0" else None
+    return None if found == own else int(found.split()[1])
 
 
 def follow_the_first() -> None:
@@ -62,8 +76,8 @@ def follow_the_first() -> None:
 
 def linger() -> None:
     """Rank 0 has said why the run ends, and keeps the store: the others must have seen that."""
-    if several_hosts() and os.environ["RANK"] == "0":
-        time.sleep(2 * FOLLOW_SECONDS + 1)
+    if os.environ["RANK"] == "0" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        time.sleep(2 * FOLLOW_SECONDS + 1 if several_hosts() else 4 * POLL_SECONDS)
 
 
 def code_of_the_first(store: Any) -> int | None:

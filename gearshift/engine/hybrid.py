@@ -6,7 +6,7 @@ On one rank both gears read the same weights, and nothing shifts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 from torch import Tensor
@@ -92,7 +92,9 @@ class HybridEngine(CausalModel):
     @contextmanager
     def rollout(self) -> Iterator[Generator]:
         """Shift the current weights into the rollout gear; the ZeRO-3 shards are only read. Collective."""
-        with self._optimizer_aside(), self._newest_weights() as replica:
+        # A replica may read the files of a frozen model in place.
+        in_place = self.placed() if self.training is None and self.world.size == 1 else nullcontext()
+        with self._optimizer_aside(), in_place, self._newest_weights() as replica:
             generator = Generator(replica, self.world, self.slots, self.stamp)
             replica.decoder.seconds = 0.0
             try:

@@ -81,7 +81,7 @@ def materialise(
     may_be_missing: Iterable[str] = (),
     head_check: Callable[[Any], None] | None = None,
     seed: int = 0,
-    offload: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     frozen: bool = False,
 ) -> None:
     """Fill every parameter and cut it by ZeRO-3, module by module. Collective.
@@ -89,7 +89,7 @@ def materialise(
     `folder` None: all is initialised by the model's own rule, from `seed`, the same for any number of ranks.
     `may_be_missing`: parameters that are initialised when the folder lacks them (a new value head).
     `head_check`: called with the model on rank 0 while the weight of its LM head is whole.
-    `offload`: DeepSpeed's `zero_optimization.offload_param` section.
+    `zero`: the user's `zero_optimization` section.
     `frozen`: no step will change it, so that weights may stay in their files (`engine.mapped`).
     Raises UserError on every rank for a missing parameter or a wrong shape. Only rank 0 reads the folder.
     """
@@ -99,7 +99,7 @@ def materialise(
         if world.is_main and folder is not None:
             source = SafetensorsFolder(folder, model)
             source.check(model, allowed)
-    mapped = MappedWeights(source) if source is not None and frozen and may_map(world, offload) else None
+    mapped = MappedWeights(source) if source is not None and frozen and may_map(world, zero or {}) else None
     model.mapped = mapped
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -117,7 +117,7 @@ def materialise(
                 if world.is_main:
                     head_check(model)
         size = sum(p.numel() * p.element_size() for p in own.values())
-        partition(own, offload or {})
+        partition(own, (zero or {}).get("offload_param") or {})
         if mapped is not None:
             for name, parameter in own.items():
                 mapped.take(f"{prefix}.{name}" if prefix else name, parameter)
@@ -235,7 +235,7 @@ def load_module(
     module.dropout_rates = rates
     if folder is not None and (folder / "generation_config.json").exists():
         module.generation_config = _generation_config(folder)
-    offload = (deepspeed_extra or {}).get("zero_optimization", {}).get("offload_param")
+    zero = (deepspeed_extra or {}).get("zero_optimization") or {}
     materialise(
         module,
         world,
@@ -243,12 +243,12 @@ def load_module(
         may_be_missing=may_be_missing(module),
         head_check=head_check,
         seed=seed,
-        offload=offload,
+        zero=zero,
         frozen=frozen,
     )
     if lora is not None:
         for factor in add_adapters(module, lora, seed):
-            partition({"weight": factor}, offload or {})
+            partition({"weight": factor}, zero.get("offload_param") or {})
     return module
 
 

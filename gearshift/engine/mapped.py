@@ -1,19 +1,20 @@
 """Frozen weights that are the pages of their own files: in memory while forwards read them, and gone after.
 
 On a CPU whose one rank keeps each weight whole, as a file holds it. Of an embedding only the rows of a batch's tokens
-are ever read. What others do with a file is seen: one that is replaced stays what it was for who has it open, one that
-is written to ends the run.
+are ever read. What others do with a file is seen before each use: one that is replaced stays what it was for who has it
+open, one that is written to ends the run. (One that is cut short in the middle of a forward ends it by SIGBUS.)
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearshift.engine.distributed import World
 from gearshift.engine.folder import read_header
@@ -22,25 +23,47 @@ from gearshift.errors import UserError
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
+# Bytes. Less is not worth it, and in a file lies as it happens to: a product with so few weights may round otherwise.
+SMALL = 1 << 16
+# Settings with which DeepSpeed keeps weights elsewhere, or not as they are.
+ELSEWHERE = (
+    "offload_param",
+    "stage3_param_persistence_threshold",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+)
+Header = tuple[int, dict[str, Any]]
+
 
 class MappedWeights:
     """Of one model."""
 
     def __init__(self, source: SafetensorsFolder):
         self._source = source
+        self._headers: dict[Path, Header] = {}
         self._files: dict[Path, _File] = {}
 
     def take(self, name: str, parameter: Any) -> None:
         """The shard of a parameter that was just loaded becomes its part of the file, where that is the same."""
-        place = self._source.place(name)
-        if place is None:
+        place, shard = self._source.place(name), parameter.ds_tensor
+        if place is None or shard.nbytes < SMALL:
             return
-        file, key = place
-        if file not in self._files:
-            self._files[file] = _File(file)
-        found = self._files[file].tensor(key, parameter.ds_tensor.dtype)
-        if found is not None and found.numel() == parameter.ds_tensor.numel():
-            parameter.ds_tensor.data = found
+        path, key = place
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        start, entry = self._headers[path][0], self._headers[path][1][key]
+        begin, end = entry["data_offsets"]
+        if (entry["dtype"], end - begin) != (_TYPES.get(shard.dtype), shard.nbytes):
+            return
+        if path not in self._files:
+            self._files[path] = _File(path)
+        shard.data = self._files[path].tensor(start + begin, shard)
+
+    def watch(self, module: nn.Module) -> None:
+        """For a module whose weights DeepSpeed's hooks bring."""
+        module.register_forward_pre_hook(lambda *_: self.check())
+        module.register_forward_hook(lambda *_: self.leave())
 
     def check(self) -> None:
         """Raises UserError if somebody has written to a file since it was mapped."""
@@ -53,31 +76,24 @@ class MappedWeights:
             file.leave()
 
 
-def may_map(world: World, offload: dict[str, Any] | None) -> bool:
-    """Whether weights that no step changes may stay in their files."""
-    return world.size == 1 and world.device.type == "cpu" and not offload and hasattr(mmap, "MADV_DONTNEED")
+def may_map(world: World, zero: dict[str, Any]) -> bool:
+    """Whether weights that no step changes may stay in their files; `zero`: the user's `zero_optimization` section."""
+    here = world.size == 1 and world.device.type == "cpu" and sys.platform == "linux"
+    return here and not any(name in zero for name in ELSEWHERE)
 
 
 class _File:
-    """A safetensors file as it is now, mapped. It stays open, so that a file which takes its place is another one."""
+    """A file as it is now, mapped. It stays open, so that a file which takes its place is another one."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._start, self._header = read_header(path)
-        self._opened = path.open("rb")
+        self._path, self._opened = path, path.open("rb")
         self._was = self._now()
-        # Private pages: nothing that is done here could reach the file.
-        self._mapped = mmap.mmap(self._opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        # Private pages: nothing that is done here could reach the file. None is expected to be written.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        self._mapped = mmap.mmap(self._opened.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
-    def tensor(self, key: str, dtype: torch.dtype) -> Tensor | None:
-        """What it holds under a name, flat, if it is of this type."""
-        entry = self._header[key]
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] != _TYPES.get(dtype) or begin == end:
-            return None
-        return torch.frombuffer(
-            self._mapped, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=self._start + begin
-        )
+    def tensor(self, start: int, like: Tensor) -> Tensor:
+        return torch.frombuffer(self._mapped, dtype=like.dtype, count=like.numel(), offset=start)
 
     def check(self) -> None:
         if self._now() != self._was:

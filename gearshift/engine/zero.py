@@ -108,10 +108,17 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(training: Training, parameters: list[nn.Parameter], world: World) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    return RowAdamW(
+    kind = torch.optim.AdamW
+    if world.size == 1 and world.device.type == "cpu":
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+        kind = RowAdamW
+        if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(kind)  # what it tells of others that ZeRO has not been tried with
+    return kind(
         parameters,
         lr=training.learning_rate,
         betas=training.betas,
@@ -180,13 +187,15 @@ class ZeroModel:
         self.engine = deepspeed.initialize(
             model=module,
             model_parameters=trained or None,
-            optimizer=_optimizer(training, trained) if training else None,
+            optimizer=_optimizer(training, trained, world) if training else None,
             lr_scheduler=(lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule)) if schedule else None,
             config=zero3_config(world, self.dtype, training, deepspeed_extra or {}),
         )[0]
         self._whole = WholeWeights.of(self.engine, world)
         if self._whole is not None:
             bind_siblings(module)
+        elif getattr(module, "mapped", None) is not None:
+            module.mapped.watch(module)
         self._sums: GradientSums | None = None
         if training:
             # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.

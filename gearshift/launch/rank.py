@@ -63,16 +63,17 @@ def _fail(message: str, code: int, wait: float, alone: bool = True) -> NoReturn:
     """Ends this rank with `code`; `alone`: the others may not know yet that the run ends."""
     # Who waits here is ended by the launcher's SIGTERM; the run's own handler would only note it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(wait)
-    if message and alone and "torch" in sys.modules:
-        from gearshift.engine.endings import code_before, linger
+    if not (message and alone and "torch" in sys.modules):
+        time.sleep(wait)
+        if message:
+            print(message, file=sys.stderr)
+        _leave(code)
+    from gearshift.engine.endings import code_before, linger
 
-        if (first := code_before(code)) is not None:
-            _leave(first)
-        print(message, file=sys.stderr, flush=True)
-        linger()
-    elif message:
-        print(message, file=sys.stderr)
+    if (first := code_before(code, wait)) is not None:
+        _leave(first)
+    print(message, file=sys.stderr, flush=True)
+    linger()
     _leave(code)
 
 

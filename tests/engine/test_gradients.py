@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gearshift.engine import CausalModel, TokenBatch, Training, World, gradients
+from gearshift.engine import CausalModel, TokenBatch, Training, World, adam, gradients
 from gearshift.engine.memory import Scratch
 from gearshift.engine.saving import gathered_parameters
 from gearshift.engine.zero import on_host, zero3_config
@@ -264,7 +264,9 @@ def test_rows_of_a_large_vocabulary_that_no_token_has_take_no_memory(one_rank: W
     assert 0 < held <= clipped < whole // 10
 
 
-def large_vocabulary(world: World, folder: str, by_pages: bool) -> tuple[bool, dict[str, Any]]:
+def large_vocabulary(
+    world: World, folder: str, by_pages: bool, optimizer: str = "sgd", extra: dict[str, Any] | None = None
+) -> tuple[bool, dict[str, Any]]:
     """Whether rows of the embedding's gradient were told apart; and `two_steps`, with clipping."""
     told, clipped = list[bool](), gradients.GradientSums._clip
 
@@ -273,7 +275,7 @@ def large_vocabulary(world: World, folder: str, by_pages: bool) -> tuple[bool, d
         clipped(sums, number, norm)
 
     with patch.object(Scratch, "by_pages", by_pages), patch.object(gradients.GradientSums, "_clip", clip):
-        found = two_steps(world, folder, {}, torch.float32, 0.5, "sgd")
+        found = two_steps(world, folder, extra or {}, torch.float32, 0.5, optimizer)
     return all(told), found
 
 
@@ -289,6 +291,36 @@ def test_rows_alone_are_the_same_gradient(request: pytest.FixtureRequest, tmp_pa
     assert found["norms"] == pytest.approx(right["norms"], rel=1e-6)
     assert all(distance(*pair) <= 1e-6 for pair in zip(found["gradients"], right["gradients"], strict=True))
     assert distance(found["weights"], right["weights"]) <= 1e-7
+
+
+def rows_stepped(world: World, folder: str, extra: dict[str, Any]) -> tuple[list[bool], Any, Any, bool]:
+    """Whether each step left rows out; what came of two of them, with and without; and whether DeepSpeed knows the
+    optimizer."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    left_out, own = list[bool](), adam.RowAdamW._step_rows
+
+    def step(optimizer: Any, parameter: Tensor, group: dict[str, Any]) -> bool:
+        left_out.append(own(optimizer, parameter, group))
+        return left_out[-1]
+
+    with patch.object(adam.RowAdamW, "_step_rows", step):
+        sparse = large_vocabulary(world, folder, True, "adamw", extra)[1]
+    with patch.object(adam.RowAdamW, "_step_rows", lambda *_: False):
+        dense = large_vocabulary(world, folder, True, "adamw", extra)[1]
+    return left_out, sparse, dense, adam.RowAdamW in ZERO_SUPPORTED_OPTIMIZERS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+@pytest.mark.parametrize("extra", [{}, {"zero_optimization": {"sub_group_size": 1_000_000}}])
+def test_rows_without_a_gradient_are_not_stepped(one_rank: WorkerGroup, tmp_path: Path, extra: dict[str, Any]) -> None:
+    """Where all weights are one group, and where the embedding has one of its own."""
+    folder = str(save_tiny("llama", tmp_path / "llama", vocab_size=60_000))
+    left_out, sparse, dense, known = one_rank.run(rows_stepped, folder, extra)[0]
+    assert known
+    assert left_out == ([True, True] if not extra else [True, False] * 2)
+    assert sparse["norms"] == dense["norms"]
+    assert distance(sparse["weights"], dense["weights"]) <= 1e-7
 
 
 def step_without_a_loss(world: World, folder: str) -> float:

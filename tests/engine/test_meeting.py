@@ -7,8 +7,10 @@ import socket
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 from gearshift.engine import World, endings, meeting
 from gearshift.engine.endings import code_before, code_of_the_first, is_lost_connection, own_store
@@ -116,8 +118,42 @@ def test_one_rank_says_why_the_run_ends(two_ranks: WorkerGroup) -> None:
     assert answers[1 - speaker] == (40 + speaker, 40 + speaker)
 
 
-def test_a_rank_that_is_alone_says_why() -> None:
-    assert code_before(1) is None
+def wait_for_a_word(world: World) -> tuple[int | None, bool]:
+    """Rank 1 speaks at once; rank 0 would only after a minute."""
+    dist.distributed_c10d._get_default_store().delete_key("gearshift/ending/first")
+    dist.barrier()
+    start = time.monotonic()
+    return code_before(40 + world.rank, wait=60.0 * (world.rank == 0)), time.monotonic() - start < 30.0
+
+
+def test_who_waits_sees_that_another_has_spoken(two_ranks: WorkerGroup) -> None:
+    assert two_ranks.run(wait_for_a_word) == [(41, True), (None, True)]
+
+
+def without_a_store(world: World) -> list[int | None]:
+    """On one host, and over several: as if connections to it broke."""
+    found = list[int | None]()
+    for local_size in ("2", "1"):
+        with (
+            patch.dict(os.environ, LOCAL_SIZE=local_size),
+            patch.object(dist.PrefixStore, "compare_set", side_effect=dist.DistNetworkError("Connection reset")),
+        ):
+            found.append(code_before(40 + world.rank))
+    return found
+
+
+def test_without_a_store_nothing_is_lost(two_ranks: WorkerGroup) -> None:
+    """Over several hosts rank 0, whose store it was, has spoken; on one it may have been killed."""
+    assert two_ranks.run(without_a_store) == [[None, None], [None, 41]]
+
+
+def test_a_rank_that_is_alone_says_why(one_rank: WorkerGroup) -> None:
+    assert one_rank.run(code_before_1) == [None]
+
+
+def code_before_1(world: World) -> int | None:
+    with patch.object(dist.PrefixStore, "compare_set", side_effect=AssertionError):
+        return code_before(1)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +201,16 @@ def test_one_rank_of_a_host_tells_that_rank_0_is_silent(
     assert type(meeting._no_answer(3, "b", 1.0)) is kind
 
 
-@pytest.mark.parametrize(("rank", "local_size", "waits"), [("0", "1", True), ("1", "1", False), ("0", "2", False)])
+@pytest.mark.parametrize(
+    ("rank", "local_size", "longer_than"),
+    [("0", "1", 2 * endings.FOLLOW_SECONDS), ("1", "1", None), ("0", "2", 2 * endings.POLL_SECONDS)],
+)
 def test_rank_0_stays_until_others_know(
-    monkeypatch: pytest.MonkeyPatch, rank: str, local_size: str, waits: bool
+    monkeypatch: pytest.MonkeyPatch, rank: str, local_size: str, longer_than: float | None
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": local_size}.items():
         monkeypatch.setenv(name, value)
     endings.linger()
-    assert [seconds > 2 * endings.FOLLOW_SECONDS for seconds in waited] == [True] * waits
+    assert [seconds > (longer_than or 0) for seconds in waited] == [True] * (longer_than is not None)

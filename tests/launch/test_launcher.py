@@ -309,10 +309,14 @@ def test_the_rank_that_found_the_mistake_is_the_one_that_speaks(here: Path) -> N
     assert done.returncode == 2
 
 
-def test_nobody_speaks_after_the_first(here: Path) -> None:
-    """The same two ranks, and no launcher that would end the one whose all-reduce breaks."""
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [(1, ["", "gearshift pretrain: rank 1 found an empty row\n"]), (3, ["gearshift pretrain: no row at all\n", ""])],
+)
+def test_nobody_speaks_after_the_first(here: Path, seed: int, said: list[str]) -> None:
+    """The same two ranks, or a mistake that both find, and no launcher that would end whoever is left."""
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, "-m", "tests.launch.toy_stage", "--config", toy_config(1)]
+    words = [sys.executable, "-m", "tests.launch.toy_stage", "--config", toy_config(seed)]
     ranks = [
         subprocess.Popen(
             [*words, f"--local_rank={rank}"],
@@ -322,8 +326,7 @@ def test_nobody_speaks_after_the_first(here: Path) -> None:
         )
         for rank in ("0", "1")
     ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert said == ["", "gearshift pretrain: rank 1 found an empty row\n"]
+    assert [rank.communicate(timeout=120)[1] for rank in ranks] == said
     assert [rank.returncode for rank in ranks] == [2, 2]
 
 

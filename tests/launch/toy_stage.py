@@ -1,4 +1,4 @@
-"""A stage for the launcher's test: a crash (seed 2), or a mistake that rank 1 alone finds."""
+"""A stage for the launcher's test: a crash (seed 2), a mistake that all find (3), or one that rank 1 alone finds."""
 
 import sys
 from pathlib import Path
@@ -17,6 +17,8 @@ def stage(config: PretrainConfig) -> None:
     from gearshift.rlhf.signals import StopSignals
 
     StopSignals(Path(config.run.folder))  # as in a run that saves itself
+    if config.run.seed == 3:
+        raise UserError("no row at all")
     if dist.get_rank() == 1:
         raise UserError("rank 1 found an empty row")
     dist.all_reduce(torch.ones(1))
