@@ -17,9 +17,9 @@ from torch.optim.adamw import adamw
 
 from gearshift.engine.memory import forget_zeros, take_small_pages, untouched_zeros
 
-# The share of a matrix's rows from which a step takes all of it. Rows that are picked out are copied to and fro: four
-# tensors of them for as long as a step takes, which at a half would be more than their moments' pages.
-MANY = 0.25
+# The share of a matrix's rows from which a step takes all of it, and how many are taken at once: those that are picked
+# out are copied to and fro.
+MANY, BLOCK = 0.5, 4096
 
 
 class Part(NamedTuple):
@@ -72,12 +72,17 @@ class RowAdamW(torch.optim.AdamW):
         if all(rows is None for _, rows in picked):
             return False
         tensors = (parameter.data, gradient, state["exp_avg"], state["exp_avg_sq"])
-        wholes = [[t[part.start : part.end].view(-1, part.width) for t in tensors] for part, _ in picked]
-        taken = [own if rows is None else [t[rows] for t in own] for (_, rows), own in zip(picked, wholes, strict=True)]
-        _step(taken, state["step"], group)
-        for (_, rows), own, pieces in zip(picked, wholes, taken, strict=True):
-            for kind in (0, 2, 3) if rows is not None else ():
-                own[kind][rows] = pieces[kind]
+        for part, rows in picked:
+            own = [t[part.start : part.end].view(-1, part.width) for t in tensors]
+            if rows is None:
+                _step(own, state["step"], group)
+                continue
+            for block in rows.split(BLOCK):
+                taken = [t[block] for t in own]
+                _step(taken, state["step"], group)
+                for kind in (0, 2, 3):  # not the gradient
+                    own[kind][block] = taken[kind]
+        state["step"] += 1
         return True
 
     def _picked(self, parameter: Tensor, gradient: Tensor, part: Part, state: dict[str, Tensor]) -> Tensor | None:
@@ -98,17 +103,17 @@ class RowAdamW(torch.optim.AdamW):
         return rows if len(rows) < MANY * len(live) else None
 
 
-def _step(pieces: list[list[Tensor]], number: Tensor, group: dict[str, Any]) -> None:
-    """One step of weights, gradients and both moments, in place; `number`, of the steps before it, is counted up."""
-    weights, gradients, means, squares = zip(*pieces, strict=True)
+def _step(tensors: list[Tensor], number: Tensor, group: dict[str, Any]) -> None:
+    """One step of weights, by their gradients and with both moments, in place; `number` of steps came before it."""
+    weights, gradients, means, squares = tensors
     beta1, beta2 = group["betas"]
     adamw(
-        list(weights),
-        list(gradients),
-        list(means),
-        list(squares),
+        [weights],
+        [gradients],
+        [means],
+        [squares],
         max_exp_avg_sqs=[],
-        state_steps=[number, *(number.clone() for _ in pieces[1:])],
+        state_steps=[number.clone()],  # which it counts up
         fused=True,
         amsgrad=False,
         beta1=beta1,
