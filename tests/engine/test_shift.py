@@ -95,7 +95,7 @@ def of_two_groups(world: World, folder: str) -> dict[str, Any]:
 
     own = module._optimizer
 
-    def two_groups(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def two_groups(training: Training, parameters: list[nn.Parameter], world: World) -> torch.optim.Optimizer:
         large = [p for p in parameters if len(p.ds_shape) > 1]
         small = [p for p in parameters if len(p.ds_shape) == 1]
         groups = [{"params": large, "weight_decay": 0.1}, {"params": small, "lr": 1e-3}]
