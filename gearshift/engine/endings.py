@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 FOLLOW_SECONDS = 2.0
 POLL_SECONDS = 0.25  # of a rank that is about to end
+# Before it asks the store for the first time: where that is gone, something else is about to end this rank (a watchdog,
+# a launcher), and torch would write pages of C++ frames meanwhile.
+QUIET_SECONDS = 1.0
 STORE_SECONDS = 5.0  # that a rank which ends waits for an answer of the store
 _LOST = re.compile(r"connection|peer|gloo|nccl|broken pipe|timed out|timeout|socket", re.IGNORECASE)
 
@@ -46,6 +49,7 @@ def code_before(code: int, wait: float = 0.0) -> int | None:
     # Not a connection of its own, which takes minutes to find that there is nobody to connect to.
     store: Any = dist.PrefixStore("gearshift/ending", dist.distributed_c10d._get_default_store())
     own = f"{rank} {code}"
+    time.sleep(min(wait, QUIET_SECONDS))
     try:
         store.set_timeout(timedelta(seconds=STORE_SECONDS))
         while time.monotonic() < until:
@@ -77,7 +81,7 @@ def follow_the_first() -> None:
 def linger() -> None:
     """Rank 0 has said why the run ends, and keeps the store: the others must have seen that."""
     if os.environ["RANK"] == "0" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        time.sleep(2 * FOLLOW_SECONDS + 1 if several_hosts() else 4 * POLL_SECONDS)
+        time.sleep(2 * FOLLOW_SECONDS + 1 if several_hosts() else QUIET_SECONDS + 2.0)
 
 
 def code_of_the_first(store: Any) -> int | None:

@@ -203,7 +203,11 @@ def test_one_rank_of_a_host_tells_that_rank_0_is_silent(
 
 @pytest.mark.parametrize(
     ("rank", "local_size", "longer_than"),
-    [("0", "1", 2 * endings.FOLLOW_SECONDS), ("1", "1", None), ("0", "2", 2 * endings.POLL_SECONDS)],
+    [
+        ("0", "1", 2 * endings.FOLLOW_SECONDS),
+        ("1", "1", None),
+        ("0", "2", endings.QUIET_SECONDS + endings.POLL_SECONDS),
+    ],
 )
 def test_rank_0_stays_until_others_know(
     monkeypatch: pytest.MonkeyPatch, rank: str, local_size: str, longer_than: float | None
