@@ -33,7 +33,8 @@ class Part(NamedTuple):
 
 
 class RowAdamW(torch.optim.AdamW):
-    """torch's AdamW; a flat parameter that `parts` divides is stepped part by part, to the same result."""
+    """torch's AdamW (Loshchilov and Hutter, 1711.05101). A flat parameter that `parts` divides is stepped part by part,
+    to the same result but for rounding at the ends of parts."""
 
     parts: Callable[[Tensor], Iterable[Part]] = staticmethod(lambda parameter: ())
 

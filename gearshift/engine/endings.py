@@ -26,7 +26,11 @@ _LOST = re.compile(r"connection|peer|gloo|nccl|broken pipe|timed out|timeout|soc
 
 def several_hosts() -> bool:
     """Whether the launcher has started ranks on more than this host."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > int(os.environ.get("LOCAL_SIZE") or 1)
+    return _ranks() > int(os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def own_store(name: str) -> Any:
@@ -43,7 +47,7 @@ def code_before(code: int, wait: float = 0.0) -> int | None:
     spoken, on one it may have been killed.
     """
     until, rank = time.monotonic() + wait, os.environ.get("RANK", "0")
-    if not dist.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if not dist.is_initialized() or _ranks() == 1:
         time.sleep(wait)
         return None
     # Not a connection of its own, which takes minutes to find that there is nobody to connect to.
@@ -80,7 +84,7 @@ def follow_the_first() -> None:
 
 def linger() -> None:
     """Rank 0 has said why the run ends, and keeps the store: the others must have seen that."""
-    if os.environ["RANK"] == "0" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ["RANK"] == "0" and _ranks() > 1:
         time.sleep(2 * FOLLOW_SECONDS + 1 if several_hosts() else QUIET_SECONDS + 2.0)
 
 

@@ -99,7 +99,7 @@ def materialise(
         if world.is_main and folder is not None:
             source = SafetensorsFolder(folder, model)
             source.check(model, allowed)
-    mapped = MappedWeights(source) if source is not None and frozen and may_map(world, zero or {}) else None
+    mapped = MappedWeights(source) if source is not None and frozen and may_map(model, world, zero or {}) else None
     model.mapped = mapped
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -119,8 +119,8 @@ def materialise(
         size = sum(p.numel() * p.element_size() for p in own.values())
         partition(own, (zero or {}).get("offload_param") or {})
         if mapped is not None:
-            for name, parameter in own.items():
-                mapped.take(f"{prefix}.{name}" if prefix else name, parameter)
+            for name, path in _paths(prefix, own).items():
+                mapped.take(path, own[name])
         since_trim += size
         if since_trim >= TRIM_EVERY_BYTES:
             _return_freed_memory()
@@ -158,6 +158,11 @@ def _make_real(module: nn.Module, owners: dict[nn.Parameter, list[tuple[nn.Modul
     return new
 
 
+def _paths(prefix: str, own: Iterable[str]) -> dict[str, str]:
+    """A module's own parameters: their names in the model."""
+    return {name: f"{prefix}.{name}" if prefix else name for name in own}
+
+
 @torch.no_grad()
 def _fill(
     model: Any,
@@ -168,7 +173,7 @@ def _fill(
     may_be_missing: set[str],
 ) -> None:
     """Fill the own parameters of one module (called on rank 0 only)."""
-    paths = {name: f"{prefix}.{name}" if prefix else name for name in own}
+    paths = _paths(prefix, own)
     if source is None or any(path in may_be_missing and path not in source for path in paths.values()):
         model._init_weights(module)
     if source is not None:

@@ -60,11 +60,6 @@ class MappedWeights:
             self._files[path] = _File(path)
         shard.data = self._files[path].tensor(start + begin, shard)
 
-    def watch(self, module: nn.Module) -> None:
-        """For a module whose weights DeepSpeed's hooks bring."""
-        module.register_forward_pre_hook(lambda *_: self.check())
-        module.register_forward_hook(lambda *_: self.leave())
-
     def check(self) -> None:
         """Raises UserError if somebody has written to a file since it was mapped."""
         for file in self._files.values():
@@ -76,10 +71,12 @@ class MappedWeights:
             file.leave()
 
 
-def may_map(world: World, zero: dict[str, Any]) -> bool:
-    """Whether weights that no step changes may stay in their files; `zero`: the user's `zero_optimization` section."""
+def may_map(model: nn.Module, world: World, zero: dict[str, Any]) -> bool:
+    """Whether weights that no step changes may stay in their files: where `engine.whole` will see to them. `zero`: the
+    user's `zero_optimization` section."""
     here = world.size == 1 and world.device.type == "cpu" and sys.platform == "linux"
-    return here and not any(name in zero for name in ELSEWHERE)
+    alike = len({parameter.dtype for parameter in model.parameters()}) == 1
+    return here and alike and not any(name in zero for name in ELSEWHERE)
 
 
 class _File:

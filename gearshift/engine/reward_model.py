@@ -54,7 +54,7 @@ class RewardModel(ZeroModel):
             may_be_missing=_value_head_names if new_head else lambda module: [],
             seed=seed,
             deepspeed_extra=deepspeed_extra,
-            frozen=training is None and not new_head,
+            frozen=training is None and not new_head,  # a new head is drawn into its weights
         )
         if new_head:
             _draw_value_head(module, world, seed)

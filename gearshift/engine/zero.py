@@ -194,8 +194,6 @@ class ZeroModel:
         self._whole = WholeWeights.of(self.engine, world)
         if self._whole is not None:
             bind_siblings(module)
-        elif getattr(module, "mapped", None) is not None:
-            module.mapped.watch(module)
         self._sums: GradientSums | None = None
         if training:
             # Where DeepSpeed reduces, every micro-batch is the last, so that no caller need know which one is.

@@ -34,7 +34,7 @@ def run_rank(command: str, arguments: Arguments, stage: Callable[[Any], None]) -
     except Told:
         _fail("", USER_ERROR, wait=0)
     except UserError as error:
-        # An error of all ranks is told by rank 0; the launcher ends the others before they come to it.
+        # An error of all ranks is told by rank 0; the others see meanwhile that it has been.
         _fail(f"gearshift {command}: {error}", USER_ERROR, wait=0 if rank == 0 else 3 * LAUNCHER_POLL)
     except Paused as paused:
         _fail(f"gearshift {command}: {paused}" if rank == 0 else "", PAUSED, wait=0, alone=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine import CausalModel, HybridEngine, Prompts, Sampling, Training, World
+from gearshift.engine.mapped import may_map
 from gearshift.errors import UserError
 from tests.memory import resident_bytes_of_file
 from tests.models import save_tiny
@@ -87,6 +88,17 @@ def loaded_otherwise(world: World, folder: str) -> list[int]:
 
 def test_what_is_not_as_in_the_file_is_copied(one_rank: WorkerGroup, tmp_path: Path) -> None:
     assert one_rank.run(loaded_otherwise, str(save_tiny("llama", tmp_path / "llama", **SIZES))) == [[0, 0, 0]]
+
+
+def which_may_stay(world: World) -> list[bool]:
+    """Models of one type and of two: those come layer by layer through DeepSpeed's hooks."""
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    return [may_map(model, world, {}) for model in (plain, mixed)]
+
+
+def test_only_models_of_one_type_may_stay(one_rank: WorkerGroup) -> None:
+    assert one_rank.run(which_may_stay) == [[True, False]]
 
 
 def rolled_out(world: World, folder: str) -> tuple[int, int, int, str]:

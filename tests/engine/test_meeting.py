@@ -130,6 +130,26 @@ def test_who_waits_sees_that_another_has_spoken(two_ranks: WorkerGroup) -> None:
     assert two_ranks.run(wait_for_a_word) == [(41, True), (None, True)]
 
 
+def order_of_asking(world: World) -> tuple[int | None, list[str]]:
+    """What a rank does that waits to end, where another has spoken."""
+    done = list[str]()
+
+    def ask(store: object) -> int:
+        done.append("asks")
+        return 9
+
+    with (
+        patch.object(endings.time, "sleep", lambda seconds: done.append(f"sleeps {seconds:g}")),
+        patch.object(endings, "code_of_the_first", ask),
+    ):
+        return code_before(1, wait=6.0), done
+
+
+def test_the_store_is_asked_after_a_quiet_second(two_ranks: WorkerGroup) -> None:
+    """Where it is gone, torch would fill the screen before a watchdog or a launcher has ended the rank."""
+    assert two_ranks.run(order_of_asking) == [(9, ["sleeps 1", "asks"])] * 2
+
+
 def without_a_store(world: World) -> list[int | None]:
     """On one host, and over several: as if connections to it broke."""
     found = list[int | None]()
