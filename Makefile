@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test files that run at a time; many of their tests are two or four processes themselves.
+JOBS ?= 2
 # Named in the install command itself, so that nothing newer (and much larger) is ever chosen first.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -32,15 +34,15 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --durations=15
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15
 
-# Processes killed at every point of a save, full disks: what a checkpoint promises. Minutes.
+# Processes killed at points of a save, full disks: what a checkpoint promises. Minutes.
 test-faults: install
 	$(BIN)/pytest tests/faults --durations=0
 
-# Fifty kills at random moments of one run. A quarter of an hour.
+# A kill at every write point of a save, and fifty at random moments of one run. Half an hour.
 test-kills: install
-	$(BIN)/pytest -s tests/faults/kills.py
+	STRIDE=1 $(BIN)/pytest -s tests/faults/kills.py tests/faults/test_killed.py
 
 install: $(VENV)/installed
 

@@ -35,11 +35,12 @@ from benchmarks.kernels.command import DTYPES
 from benchmarks.llama import add_sizes, config_of
 from gearshift.engine import Prompts, Sampling, World
 from gearshift.engine.decoder import CudaGraphs
-from gearshift.engine.distributed import TensorParallelGroup, now
+from gearshift.engine.distributed import now
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
 from gearshift.engine.replica import Replica
 from gearshift.engine.room import position_bytes
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 
 Way = Callable[[Prompts, int], None]
 

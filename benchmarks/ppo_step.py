@@ -33,9 +33,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.peers import table, trl_environment
-from benchmarks.peers.processes import Turn, Way, WorkerError, machine_cpu_seconds
+from benchmarks.peers.processes import Turn, Way, WorkerError, free_builds, machine_cpu_seconds
 from benchmarks.peers.setting import Setting, make
-from gearshift.engine.distributed import build_shared_memory_ops
 
 WAYS = ("gearshift", "gearshift-zero3", "trl", "trl-zero3", "plain-zero3")
 BUSY = 0.05  # of a core, while others have their turn: more disturbs them
@@ -48,8 +47,7 @@ def main() -> int:
     setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
     folder = Path(tempfile.mkdtemp(prefix="gearshift-ppo-step-", dir=options.folder))
     try:
-        # Also for the others, which would wait for ever on the lock of a build that was killed.
-        build_shared_memory_ops()
+        free_builds()
         parameters = make(setting, folder)
         result = {"setting": dataclasses.asdict(setting), "parameters": parameters, "processes": options.processes}
         measured = measure(options, folder)

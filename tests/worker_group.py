@@ -5,25 +5,20 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gearshift.launch.processes import free_port
+
 # Ranks are forked from a server that has imported everything: a start then costs no seconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.preload"])
 
-# The first start of all compiles DeepSpeed's shared-memory collectives: half a minute of a free core.
+# Ranks import torch, transformers and deepspeed; on a machine that others use too that takes its time.
 START_SECONDS = 600.0
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:

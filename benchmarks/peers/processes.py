@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gearshift.launch.processes import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "127.0.0.1"
+EXTENSIONS = ROOT / "runs/benchmarks/torch_extensions"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -44,13 +46,13 @@ class Way:
         logs: Path,
         environment: Mapping[str, str] | None = None,
     ):
-        self.name, self.port = name, _free_port()
+        self.name, self.port = name, free_port()
         self._logs = [logs / f"{name}-{rank}.log" for rank in range(processes)]
         self._processes = [
             subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **self._launched(rank, processes), **(environment or {})},
+                env={**os.environ, **self._launched(command[0], rank, processes), **(environment or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log.open("w"),
@@ -59,8 +61,10 @@ class Way:
             for rank, log in enumerate(self._logs)
         ]
 
-    def _launched(self, rank: int, size: int) -> dict[str, str]:
+    def _launched(self, python: str, rank: int, size: int) -> dict[str, str]:
+        # DeepSpeed compiles its collectives by the environment's own ninja.
         return {
+            "PATH": os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)]),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),
@@ -70,6 +74,7 @@ class Way:
             "MASTER_PORT": str(self.port),
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)),
             "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
             "TOKENIZERS_PARALLELISM": "false",
         }
 
@@ -121,16 +126,16 @@ class Way:
             buffer.unlink(missing_ok=True)
 
 
+def free_builds() -> None:
+    """Where a build of DeepSpeed's collectives was killed, a start would wait for it for ever."""
+    for lock in EXTENSIONS.glob("**/lock"):
+        lock.unlink(missing_ok=True)
+
+
 def machine_cpu_seconds() -> float:
     """Of every process on this machine since it was started."""
     user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().splitlines()[0].split()[1:8]
     return sum(map(int, (user, nice, system, *interrupts))) / TICKS
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind((ADDRESS, 0))
-        return int(taken.getsockname()[1])
 
 
 def _cpu_seconds(pid: int) -> float:

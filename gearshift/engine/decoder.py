@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gearshift.engine.distributed import TensorParallelGroup, now
+from gearshift.engine.distributed import now
 from gearshift.engine.sampling import Sampling, sample_tokens
 from gearshift.engine.tape import Tape
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.errors import one_line
 from gearshift.kernels import native
 
@@ -225,6 +226,8 @@ class Decoder:
         assert self._recorder is not None
         try:
             self._table[size] = self._recorder.record(step)
+        except (ConnectionError, MemoryError):
+            raise  # the others are gone, or in the middle of the step
         except Exception as caught:
             error = caught
         if not self._all(error is None):

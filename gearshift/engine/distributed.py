@@ -1,19 +1,15 @@
-"""Processes: who this rank is, and how the process group and the shared-memory collectives come up."""
+"""Processes: who this rank is, and how the process group comes up."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine.memory import keep_freed_memory
-from gearshift.engine.placement import Placement
 from gearshift.errors import UserError
 
 
@@ -87,7 +82,6 @@ def init_distributed(store: Any = None) -> World:
     """Join the process group that the launcher's environment describes (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`).
 
     `store`: where the ranks have met (`meet`); without it they find each other at `MASTER_ADDR` and `MASTER_PORT`.
-    DeepSpeed compiles its shared-memory all-reduce for CPUs on the first start (about 30 s).
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -104,13 +98,14 @@ def init_distributed(store: Any = None) -> World:
     if on_cpu:
         keep_freed_memory()
     if not dist.is_initialized():
-        if on_cpu:
-            build_shared_memory_ops()
         with _quiet_stdout():
+            if on_cpu:
+                # Collectives that nothing here uses (see `neighbours`). On a first start DeepSpeed would compile them
+                # for half a minute, or wait for ever behind a killed build, and leave 69 MB a rank in /dev/shm.
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             if store is not None:
                 _init_on(store, local_rank)
             deepspeed.init_distributed(verbose=False)
-        _unlink_shared_memory()
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
@@ -142,61 +137,6 @@ def _local_size() -> int:
     return 1
 
 
-def build_shared_memory_ops() -> bool:
-    """Compile DeepSpeed's shared-memory collectives once, one process at a time.
-
-    A build that was killed leaves torch's lock file behind and every later start would wait for it for ever. Builds
-    are therefore guarded by a file lock that the kernel drops when its holder dies: who holds that lock may remove
-    what a dead build left. Without a compiler the collectives of gloo are used, and a line says so.
-    """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    # The environment's own ninja, also when the environment is not activated: another version of ninja would find
-    # every build of this one out of date.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    root = extensions_folder()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".gearshift.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in root.glob("**/lock"):
-            stale.unlink(missing_ok=True)
-        if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-            print("gearshift: no C++ compiler found; rollouts use gloo's all-reduce, which is slower", file=sys.stderr)
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            return False
-        if not any(root.glob("*/*.so")):
-            print("gearshift: compiling DeepSpeed's shared-memory collectives, once (about 30 s)", file=sys.stderr)
-        with _quiet_stdout():
-            builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-            if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-                return False
-            builder.load(verbose=False)
-    return True
-
-
-def _unlink_shared_memory() -> None:
-    """Remove the names of DeepSpeed's shared-memory buffers, which every rank of this host has mapped by now.
-
-    DeepSpeed 0.19 never removes them: each job would leave 69 MB a rank in /dev/shm, until the host's memory is full.
-    What is mapped stays until the processes end, however they end.
-    """
-    dist.barrier()
-    address, port, rank = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), os.environ["RANK"]
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{address}_{port}_{rank}"):
-        buffer.unlink(missing_ok=True)
-
-
-def extensions_folder() -> Path:
-    """TORCH_EXTENSIONS_DIR, else one for each Python environment: what one compiled is out of date to the next, whose
-    headers lie elsewhere."""
-    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(named)
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    return Path.home() / ".cache/gearshift/torch_extensions" / f"{sys.implementation.cache_tag}-{environment}"
-
-
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
     """DeepSpeed prints build notes to stdout, which belongs to the command's own output."""
@@ -214,51 +154,3 @@ def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-class TensorParallelGroup:
-    """The ranks that hold one replica of the rollout weights together.
-
-    `placement` says which; `rank` is this one's part, `index` its group. On CPU the all-reduce goes through DeepSpeed's
-    shared memory where that is right (`shares_memory`): it ignores the group, so only when the group is the whole world
-    and the world is one host.
-    """
-
-    def __init__(self, world: World, size: int):
-        self.placement = Placement(world.size, size, world.local_size)
-        self.world, self.size = world, size
-        self.rank, self.index = self.placement.part(world.rank), self.placement.group_of(world.rank)
-        self.group: dist.ProcessGroup | None = None
-        if size > 1:
-            groups = [dist.new_group(self.placement.group(g)) for g in range(self.placement.group_count)]
-            self.group = groups[self.index]
-        self.shares_memory = (
-            world.device.type == "cpu"
-            and size == world.size == world.local_size
-            and hasattr(torch.ops.deepspeed, "inference_all_reduce_")
-        )
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the group. The result may be in place; a non-contiguous input is made contiguous first."""
-        if self.size == 1:
-            return tensor
-        tensor = tensor.contiguous()
-        if self.shares_memory and tensor.dtype == torch.float32:
-            import deepspeed.comm
-
-            return deepspeed.comm.inference_all_reduce(tensor)
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """`[...]` of each rank stacked to `[size, ...]` in rank order."""
-        if self.size == 1:
-            return tensor[None]
-        # A sum with zeros elsewhere: exact, and it goes through shared memory, which has no all-gather.
-        if self.shares_memory and tensor.dtype == torch.float32:
-            stacked = tensor.new_zeros(self.size, *tensor.shape)
-            stacked[self.rank] = tensor
-            return self.all_reduce(stacked)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.stack(parts)

@@ -101,4 +101,5 @@ def code_of_the_first(store: Any) -> int | None:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an exception is what a rank sees of another one's end."""
-    return isinstance(error, RuntimeError | OSError) and bool(_LOST.search(str(error)))
+    words = isinstance(error, RuntimeError | OSError) and bool(_LOST.search(str(error)))
+    return words or isinstance(error, ConnectionError)

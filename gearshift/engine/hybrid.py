@@ -14,7 +14,7 @@ from torch import Tensor
 from gearshift.engine.causal import CausalModel
 from gearshift.engine.counting import count_shift
 from gearshift.engine.decoder import Recorder, recorder_of
-from gearshift.engine.distributed import TensorParallelGroup, now
+from gearshift.engine.distributed import now
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
 from gearshift.engine.memory import Releasable
@@ -25,6 +25,7 @@ from gearshift.engine.settings import check_shift
 from gearshift.engine.sharded import check_shards, held_names, weights_in_place, zero_shards
 from gearshift.engine.shift import Shift
 from gearshift.engine.spans import span
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 
 # A larger cache of keys and values is not worth its memory in training: to capture its graphs again takes little of the
 # time of a rollout that fills it.

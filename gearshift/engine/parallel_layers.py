@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.layout import TensorParallelLayout, whole_heads
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.errors import UserError
 from gearshift.kernels import decode_step
 

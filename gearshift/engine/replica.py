@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from gearshift.engine.attention_check import check_attention
 from gearshift.engine.cache import ATTENTION_NAME, KeyValueCache, register
 from gearshift.engine.decoder import Decoder, Recorder
-from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.fused import bind_norm
 from gearshift.engine.heads import LogitTransform, backbone_of, lm_head_of
 from gearshift.engine.layout import TensorParallelLayout, is_plain_linear
@@ -26,6 +25,7 @@ from gearshift.engine.loading import build_on_meta
 from gearshift.engine.parallel_layers import bind_shares, bind_silu
 from gearshift.engine.rotary import bind_rotary
 from gearshift.engine.sampling import HeadShard
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.engine.weights import persistent_buffers
 from gearshift.kernels import FlashKernel, decode_step, few_rows_linear
 

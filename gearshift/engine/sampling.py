@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
 from gearshift.engine.stopping import StopStrings
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.engine.truncation import kept_tokens
 from gearshift.errors import UserError
 from gearshift.kernels import few_rows_linear

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gearshift.engine.distributed import TensorParallelGroup
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 
 # Probability masses are added as whole multiples of 2^-40 of the largest token's: whole numbers add up to the same
 # whatever their order, on a GPU too, and 2^18 tokens stay 2^5 below the largest int64.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from gearshift.errors import UserError
 
@@ -56,7 +58,11 @@ def _first_node(nodes: str) -> str:
 def prepare_environment() -> None:
     """Variables that must stand before torch is imported; those that are set already are left alone."""
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's shared-memory collectives need it
+    os.environ.setdefault("LOCAL_SIZE", str(local_size))
+    # DeepSpeed's extensions are built by the environment's ninja, also when the environment is not activated.
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, path])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns and stops by itself after a fork

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,8 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gearshift.errors import UserError
+
 USER_ERROR = 2
 PAUSED = 75  # EX_TEMPFAIL: a signal came, the run was saved, --resume auto goes on with it
+
+# Where Linux takes ports from 32,768 on by itself, and Kubernetes from 30,000.
+PORTS = range(20_000, 30_000)
 
 # Signals that end a run.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -125,7 +131,12 @@ def end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this host that nobody listens on now.
+
+    Below those that the system gives by itself, where it can be: a rank listens on it seconds later.
+    """
+    for port in [*random.Random().sample(PORTS, 100), 0]:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise UserError("no TCP port of this host is free")

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.engine.distributed import TensorParallelGroup, World
+from gearshift.engine.distributed import World
 from gearshift.engine.replica import Replica, rotary_limit
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.errors import UserError
 from tests.models import SIZES, tiny_config
 

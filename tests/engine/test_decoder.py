@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from gearshift.engine import Prompts, Rollouts, Sampling
 from gearshift.engine.decoder import CudaGraphs, Decoder, Feed, Recorder, decode_step
-from gearshift.engine.distributed import TensorParallelGroup, World
+from gearshift.engine.distributed import World
 from gearshift.engine.flash import flash_kernel
 from gearshift.engine.generator import Generator
 from gearshift.engine.replica import Replica
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.errors import SettingError, UserError
 from gearshift.kernels import FlashKernel
 from tests.engine.recording import Again, Recording, torch_only
@@ -283,6 +284,21 @@ def test_all_ranks_go_on_without_recordings_when_one_fails(
     assert sorted(line.rpartition(": ")[2] for line in lines) == [
         "another rank failed", "operation not permitted when stream is capturing"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [ConnectionError("rank 1 has ended, this one waits for it"), MemoryError()])
+def test_what_others_would_be_left_in_the_middle_of_is_not_taken_for_a_step_that_cannot_be_recorded(
+    error: Exception,
+) -> None:
+    class Ends(Again):
+        def record(self, step: Callable[[], None]) -> Callable[[], Any]:
+            raise error
+
+    one = torch.zeros(1, dtype=torch.int64)
+    replica = replica_of("llama", Ends)
+    replica.cache.reset(1, 8)
+    with pytest.raises(type(error)):
+        replica.decoder.step(Sampling(4, eos_ids=()), feed_of(one), 0)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,6 @@ EDGE = 1e-5
 def generate(world: World, folder: str, tp_size: int, slots: int, order: int, count: int) -> dict[str, Any]:
     """This rank's part of `count` prompts in some order; gaps to the training forward, and of it to `logprobs`."""
     policy = policy_of(world, folder, tp_size, slots=slots)
-    if tp_size == 4:
-        # DeepSpeed's shared memory makes ranks spin: four of them on fewer cores would take minutes.
-        policy.group.shares_memory = False
     shuffled = torch.randperm(PROMPTS, generator=torch.Generator().manual_seed(order))[:count]
     mine = some_prompts(PROMPTS).select(shuffled[world.share(count)])
     with policy.rollout() as generator:

@@ -16,7 +16,8 @@ from gearshift.engine import World, endings, meeting
 from gearshift.engine.endings import code_before, code_of_the_first, is_lost_connection, own_store
 from gearshift.engine.meeting import CONFIG, Card, Meeting, interface_towards, meet, what_is_wrong
 from gearshift.errors import Told, UserError
-from tests.worker_group import WorkerGroup, free_port
+from gearshift.launch.processes import free_port
+from tests.worker_group import WorkerGroup
 
 KEPT: list[Meeting] = []
 MAKE = {"torch": "2.13", "the SHA-256 of gearshift/a.py": "aa"}
@@ -181,6 +182,7 @@ def code_before_1(world: World) -> int | None:
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:34144"), True),
         (ConnectionResetError("Connection reset by peer"), True),
+        (ConnectionError("rank 1 has ended, this one waits for it"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("connection"), False),
     ],

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from gearshift.engine import World
-from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
 from gearshift.engine.sampling import HeadShard, logits_of, sample_tokens, uniforms
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from tests.worker_group import WorkerGroup
 
 ALONE = TensorParallelGroup(World(0, 1, 0, 1, torch.device("cpu")), 1)

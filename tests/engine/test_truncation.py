@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from gearshift.engine import World
-from gearshift.engine.distributed import TensorParallelGroup
 from gearshift.engine.heads import LogitTransform
 from gearshift.engine.sampling import HeadShard, sample_tokens
+from gearshift.engine.tensor_parallel import TensorParallelGroup
 from gearshift.engine.truncation import kept_tokens
 from tests.engine.simulated import on_ranks, shard
 from tests.engine.test_sampling import ALONE, chi_square, impossible, plain_logits, some_head, some_uniforms

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.errors import UserError
-from tests.worker_group import free_port, processes
+from gearshift.launch.processes import free_port
+from tests.worker_group import processes
 
 USER_ERROR, CRASH = 2, 1
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gearshift.kernels.head import CHUNK, Head
 
-T, H, V = 23, 16, 2 * CHUNK + 809  # three chunks, the last one partial
+T, H, V = 13, 16, 2 * CHUNK + 809  # three chunks, the last one partial
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},

@@ -37,8 +37,22 @@ class _Task(ctypes.Structure):
     ]
 
 
+# What a task may fail by (team.h has the same numbers); the last plus a rank: that has ended.
+NOT_YET, TOO_LATE, _NO_MEMORY, _LEFT_ALONE = -2, -1, 1, 2
+
+
+def failure(code: int) -> ConnectionError:
+    """Of processes that wait for each other."""
+    if code == TOO_LATE:
+        return ConnectionError("this rank has waited for others, which live and do not come")
+    return ConnectionError(f"rank {code - _LEFT_ALONE} has ended, this one waits for it")
+
+
 class Tasks:
-    """Does tasks one after the other, by as many threads as torch has. Raises MemoryError when there is none."""
+    """Does tasks one after the other, by as many threads as torch has. After one that fails none is done.
+
+    Raises MemoryError when there is none, and ConnectionError where another rank has ended or does not come.
+    """
 
     def __init__(self, tasks: Iterable[Task]):
         self.tasks = list(tasks)
@@ -53,8 +67,10 @@ class Tasks:
 
     def __call__(self) -> int:
         failed = native.function("do_tasks", "pii")(self._list, len(self._list), torch.get_num_threads())
-        if failed:
+        if failed == _NO_MEMORY:
             raise MemoryError(f"no memory for a step of {', '.join(sorted({task.name for task in self.tasks}))}")
+        if failed:
+            raise failure(failed)
         return failed
 
 

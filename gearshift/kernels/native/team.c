@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "native.h"
 #include "team.h"
@@ -20,6 +21,7 @@
 #define MOST_HELPERS 64
 #define BETWEEN 1000   /* looks of a helper for the next list before it sleeps: about 50 microseconds */
 #define WITHIN 1000    /* looks for the end of a task before the processor is offered to others */
+#define LONG 4000      /* looks before a thread sleeps between them: the task waits for another process */
 #define LINE 64
 
 #if defined(__x86_64__)
@@ -76,8 +78,11 @@ static void work_on(struct list *list, int64_t number)
     int64_t first, last;
     if (atomic_load(&heap.progress->taken) >= heap.progress->parts)
         return;
-    if (list->tasks[number].work(list->tasks[number].arguments, &heap)) {
-        atomic_store(&list->failed, 1);
+    int failed = atomic_load(&list->failed); /* then nothing more is done */
+    if (failed == 0)
+        failed = list->tasks[number].work(list->tasks[number].arguments, &heap);
+    if (failed) {
+        atomic_store(&list->failed, failed);
         while (gearshift_take(&heap, &first, &last)) /* nobody is to wait for what will not be done */
             ;
     }
@@ -89,8 +94,10 @@ static void await(struct progress *progress)
     for (long looks = 0; atomic_load(&progress->done) < progress->parts; looks++) {
         if (looks < WITHIN)
             PAUSE();
-        else
+        else if (looks < LONG)
             sched_yield();
+        else
+            nanosleep(&(struct timespec){0, 50000}, NULL);
     }
 }
 
@@ -196,7 +203,7 @@ static int64_t cut(struct list *list, int64_t threads)
     return useful < threads ? useful : threads;
 }
 
-/* Does the tasks in their order by at most so many threads. Not 0: there was no memory for one of them. */
+/* Does the tasks in their order by at most so many threads. Not 0: what one of them failed by, after which none is done. */
 EXPORT int gearshift_do_tasks(const struct task *tasks, int64_t count, int64_t threads)
 {
     struct list list = {.tasks = tasks, .count = count};
@@ -204,7 +211,7 @@ EXPORT int gearshift_do_tasks(const struct task *tasks, int64_t count, int64_t t
         return 0;
     list.progress = aligned_alloc(LINE, (size_t)count * sizeof *list.progress);
     if (list.progress == NULL)
-        return 1;
+        return NO_MEMORY;
     threads = cut(&list, threads);
     if (threads > 1 && !atomic_flag_test_and_set(&team.busy)) {
         share(&list, threads - 1);

@@ -58,10 +58,8 @@ def checks(arguments: Arguments, run_folder: Path, quick: bool) -> Iterator[Find
     yield from noted(software.compiler_findings(bool(gpus)))
     yield from noted(devices.findings(len(gpus)))
     if not broken:
-        from gearshift.engine.distributed import extensions_folder
-
         yield from noted([devices.library_finding()])
-        yield from noted(software.extension_findings(extensions_folder()))
+        yield from noted(software.lock_findings())
     yield from noted(machine.findings(run_folder, ranks, bool(gpus)))
     if asked:
         yield from noted(hosts.findings(asked, run_folder, arguments.launcher.get("ssh_port")))

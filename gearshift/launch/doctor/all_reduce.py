@@ -19,7 +19,7 @@ from gearshift.launch.launcher import start_here, start_on_hosts
 from gearshift.launch.overrides import Arguments
 
 MARK = "gearshift-all-reduce "
-# The first start on the CPU compiles DeepSpeed's collectives: half a minute of a free core.
+# Importing torch and DeepSpeed takes its time on a host that others use too.
 SECONDS = 300
 JOIN_SECONDS = 120
 ELEMENTS = 1 << 20

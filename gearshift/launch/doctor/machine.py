@@ -12,8 +12,8 @@ from pathlib import Path
 from gearshift.launch.doctor.findings import WRONG, Finding, note, ok, wrong
 
 GIB = 1 << 30
-# DeepSpeed's shared-memory collectives map 69 MB for each rank.
-SHARED_BYTES_A_RANK = 70 << 20
+# Of /dev/shm, what NCCL takes for the ranks of a host.
+NCCL_BYTES = GIB // 8
 
 
 def findings(run_folder: Path, ranks: int, gpus: bool) -> Iterator[Finding]:
@@ -29,9 +29,9 @@ def findings(run_folder: Path, ranks: int, gpus: bool) -> Iterator[Finding]:
         # A cache that is full or not ours is in the way of downloads alone.
         yield note(what, found.found, found.to_do) if what == "HF_HOME" and found.level == WRONG else found
     shared = Path("/dev/shm")
-    if shared.is_dir():
+    if gpus and shared.is_dir():
         usage = shutil.disk_usage(shared)
-        yield shared_memory_finding(usage.free, usage.total, ranks, gpus)
+        yield shared_memory_finding(usage.free, usage.total)
     yield open_files_finding(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield threads_finding(os.environ.get("OMP_NUM_THREADS"), cores, cpu_quota(), ranks)
@@ -58,13 +58,12 @@ def room_finding(what: str, folder: Path, free: int, writable: bool, enough: int
     return ok(what, found) if free >= enough else note(what, found, use)
 
 
-def shared_memory_finding(free: int, total: int, ranks: int, gpus: bool) -> Finding:
-    """NCCL and the data loaders of torch use /dev/shm, on the CPU DeepSpeed's collectives do."""
+def shared_memory_finding(free: int, total: int) -> Finding:
+    """NCCL uses /dev/shm. (Ranks on processors share memory that is no part of it.)"""
     found = f"{free / GIB:.2f} of {total / GIB:.2f} GiB free in /dev/shm"
     larger = "in a container: docker run --shm-size=8g (or --ipc=host); else remove what jobs that died left there"
-    needed = GIB // 8 if gpus else ranks * SHARED_BYTES_A_RANK
-    if free < needed:
-        return wrong("shared memory", found, f"{ranks} ranks need {needed / GIB:.2f} GiB; {larger}")
+    if free < NCCL_BYTES:
+        return wrong("shared memory", found, f"NCCL needs {NCCL_BYTES / GIB:.2f} GiB; {larger}")
     return note("shared memory", found, larger) if free < GIB else ok("shared memory", found)
 
 

@@ -79,18 +79,18 @@ def package_finding(requirement: object, version: str | None, extra: str | None)
 
 def compiler_findings(gpus: bool) -> Iterator[Finding]:
     """What DeepSpeed's extensions and Gearshift's own library are compiled with."""
-    # As at the start of a run: the environment's own ninja, also when the environment is not activated.
+    # As at the start of a run (`prepare_environment`).
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     for what, names, use in [
         (
             "C++ compiler",
             [os.environ.get("CXX", "c++"), "g++"],
-            "rollouts on the CPU then reduce over gloo, slower",
+            "DeepSpeed's extensions are built with it",
         ),
         (
             "C compiler",
             [os.environ.get("CC", "cc"), "gcc"],
-            "builds Gearshift's library for the CPU (pip install)",
+            "builds Gearshift's library for the CPU (pip install): without it all there is slower",
         ),
         ("ninja", ["ninja"], "DeepSpeed's extensions are built with it: pip install ninja"),
     ]:
@@ -102,23 +102,16 @@ def compiler_findings(gpus: bool) -> Iterator[Finding]:
         yield ok("nvcc", nvcc) if nvcc else note("nvcc", "none found", use)
 
 
-def extension_findings(own: Path) -> Iterator[Finding]:
-    """DeepSpeed's shared-memory collectives, compiled once into the folder `own`, and locks of builds that died."""
-    if any(own.glob("*/*.so")):
-        yield ok("shared memory op", f"compiled, in {own}")
-    else:
-        yield note("shared memory op", f"not compiled yet in {own}", "the first run on the CPU does it, about 30 s")
-    torch_folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    for root in dict.fromkeys([own, torch_folder]):
-        for lock in root.glob("**/lock"):
-            yield lock_finding(lock, time.time() - lock.stat().st_mtime, heals=root == own)
+def lock_findings() -> Iterator[Finding]:
+    """Of builds of DeepSpeed's extensions, which torch compiles when they are first asked for."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    for lock in folder.glob("**/lock"):
+        yield lock_finding(lock, time.time() - lock.stat().st_mtime)
 
 
-def lock_finding(lock: Path, age: float, heals: bool) -> Finding:
-    """torch's lock of a build, `age` seconds old; a start that `heals` removes it, any other waits for it for ever."""
+def lock_finding(lock: Path, age: float) -> Finding:
+    """torch's lock of a build, `age` seconds old."""
     if age < STALE:
         return note("build lock", f"{lock} is {age:.0f} s old", "something is being compiled: let it end")
     found = f"{lock} is {age / 3600:.1f} hours old, of a build that was killed"
-    if heals:
-        return note("build lock", found, "the next run on the CPU removes it")
     return wrong("build lock", found, "what needs that extension waits for it without end: remove it")

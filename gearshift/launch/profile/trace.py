@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel", "ncclkernel", "c10d::", "deepspeed::inference_all_reduce")
+# Of gearshift.engine.neighbours.
+_SHARED = ("sum_over_ranks", "gather_ranks", "together", "put_part", "meet", "take_parts")
+_COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel", "ncclkernel", "c10d::", *(f"gearshift::{name}" for name in _SHARED))
 
 Events = list[dict[str, Any]]
 
