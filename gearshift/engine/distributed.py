@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -86,6 +88,7 @@ def init_distributed(store: Any = None) -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    import_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 wants renamed: nothing that a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -108,6 +111,28 @@ def init_distributed(store: Any = None) -> World:
             deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def import_muon() -> None:
+    """DeepSpeed's Muon optimizer, whose functions are compiled at their first call, and not where they stand.
+
+    ZeRO-3 imports it to see that it is not used; its decorators would import torch's whole inductor: two seconds and
+    40 MiB of every rank.
+    """
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda: _compiled_when_called):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    once = functools.cache(lambda: torch.compile(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return once()(*args, **kwargs)
+
+    return call
 
 
 def _init_on(store: Any, local_rank: int) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from gearshift.engine.adapters import add_adapters
 from gearshift.engine.distributed import World
 from gearshift.engine.mapped import MappedWeights, may_map
+from gearshift.engine.memory import spare_what_is_imported
 from gearshift.engine.settings import LoraSettings
 from gearshift.engine.weights import SafetensorsFolder, persistent_buffers
 from gearshift.errors import SettingError, UserError, one_line
@@ -236,6 +237,7 @@ def load_module(
     rates = dropout_rates(config)
     for name in rates:
         setattr(config, name, 0.0)
+    spare_what_is_imported()
     module = build_on_meta(auto_class, config, dtype, "policy.config" if folder is None else f"{init}/config.json")
     module.dropout_rates = rates
     if folder is not None and (folder / "generation_config.json").exists():

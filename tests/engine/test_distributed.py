@@ -1,12 +1,18 @@
 """Process groups: what starts with them, and how a mistake of one rank ends all."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from gearshift.engine import World
+from gearshift.engine import CausalModel, Training, World
+from gearshift.engine.distributed import import_muon
 from gearshift.errors import SettingError, UserError
+from tests.models import save_tiny
 from tests.worker_group import WorkerGroup
 
 
@@ -19,6 +25,35 @@ def what_deepspeed_left(world: World) -> tuple[list[str], bool]:
 def test_deepspeed_s_own_collectives_are_left_alone(two_ranks: WorkerGroup) -> None:
     """They would take half a minute at a first start, and 69 MB a rank and job that nobody removes."""
     assert two_ranks.run(what_deepspeed_left) == [([], False)] * 2
+
+
+def trained_without_inductor(world: World, folder: str) -> bool:
+    CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1, training=Training(learning_rate=0.1))
+    return "torch._inductor.compile_fx" not in sys.modules
+
+
+def test_nothing_is_compiled_at_the_start(two_ranks: WorkerGroup, tmp_path: Path) -> None:
+    """ZeRO-3 imports an optimizer whose functions are compiled, which takes two seconds and 40 MiB if it is done."""
+    assert two_ranks.run(trained_without_inductor, str(save_tiny("llama", tmp_path))) == [True] * 2
+
+
+def test_what_is_compiled_when_it_is_called_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_muon()
+    from deepspeed.runtime.zero.muon import original_muon
+
+    compiled: list[str] = []
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        found = original_muon.zeropower_via_newtonschulz5(gradient, 20)
+        values = torch.linalg.svdvals(found.float())
+        assert 0.5 < values.min() < values.max() < 1.5, "its zeroth power: all singular values about 1"
+    assert compiled == ["zeropower_via_newtonschulz5"]
 
 
 def work_that_fails(world: World, error: Exception | None) -> tuple[str, str]:
