@@ -100,11 +100,13 @@ def predict(config: PpoConfig, world: World) -> PpoPlan:
 def measure(config: PpoConfig, world: World) -> dict[str, int]:
     """Peaks of a run's phases, in the largest of its iterations and on the rank that has most."""
     live = LiveBytes()
-    if (shared := neighbours(world)) is not None:
-        live.ignore(shared.parts)  # there is none of it where ranks compute on GPUs
     with live, mock.patch.object(Scratch, "by_pages", False):
         data = PpoData.load(config, world, Quiet())
         run = Ppo(config, world, load_models(config, world, data), data, Quiet())
+        # There is none of it where ranks compute on GPUs.
+        live.ignore(
+            *(shared.parts for shared in (neighbours(world), run.policy.group.neighbours) if shared is not None)
+        )
         peaks: dict[str, int] = {}
         watch(run, live, peaks)
         for number in range(1, ITERATIONS + 1):

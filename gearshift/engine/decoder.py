@@ -103,7 +103,7 @@ def recorder_of(group: TensorParallelGroup, dtype: torch.dtype, device: torch.de
     if device.type == "cuda":
         return CudaGraphs
     compiled = device.type == "cpu" and dtype == torch.float32 and native.built() is not None
-    return Tape if compiled and (group.size == 1 or group.shares_memory) else None
+    return Tape if compiled and (group.size == 1 or group.neighbours is not None) else None
 
 
 class _Size(NamedTuple):

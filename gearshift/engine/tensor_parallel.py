@@ -14,8 +14,8 @@ from gearshift.engine.placement import Placement
 class TensorParallelGroup:
     """`placement` says which ranks; `rank` is this one's part, `index` its group.
 
-    On the processors of one host fp32 goes through memory that they share (`shares_memory`), all else through the
-    process group. The sums of shared memory are tasks of the compiled library, which a recorded step can do again.
+    On the processors of one host fp32 goes through memory that they share (`neighbours`), all else through the process
+    group. The sums of shared memory are tasks of the compiled library, which a recorded step can do again.
     """
 
     def __init__(self, world: World, size: int):
@@ -27,22 +27,20 @@ class TensorParallelGroup:
         if size > 1:
             groups = [dist.new_group(self.placement.group(g)) for g in range(self.placement.group_count)]
             self.group = groups[self.index]
-        self._near = None
+        self.neighbours = None
         if world.device.type == "cpu":
             # Hosts may have other numbers of ranks: each is known by its first one.
-            self._near = shared(self.group, self.rank, self.placement.group(self.index), world.rank - world.local_rank)
-
-    @property
-    def shares_memory(self) -> bool:
-        return self._near is not None
+            self.neighbours = shared(
+                self.group, self.rank, self.placement.group(self.index), world.rank - world.local_rank
+            )
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the group. The result may be in place; a non-contiguous input is made contiguous first."""
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
-        if self._near is not None and tensor.dtype == torch.float32:
-            return self._near.sum(tensor)
+        if self.neighbours is not None and tensor.dtype == torch.float32:
+            return self.neighbours.sum(tensor)
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -51,8 +49,8 @@ class TensorParallelGroup:
         if self.size == 1:
             return tensor[None]
         tensor = tensor.contiguous()
-        if self._near is not None and tensor.dtype == torch.float32:
-            return self._near.stacked(tensor)
+        if self.neighbours is not None and tensor.dtype == torch.float32:
+            return self.neighbours.stacked(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor, group=self.group)
         return torch.stack(parts)

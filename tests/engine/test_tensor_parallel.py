@@ -29,7 +29,7 @@ def reduced(world: World, size: int, local_size: int) -> tuple[bool, list[bool]]
         right.append(torch.equal(group.all_gather(own(world.rank, dtype)), parts))
         gaps = group.all_reduce(own(world.rank, dtype)).float() - parts.float().sum(0)
         right.append(float(gaps.abs().max()) <= bound)
-    return group.shares_memory, right
+    return group.neighbours is not None, right
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def on_uneven_hosts(world: World) -> bool:
     local = {"local_rank": max(0, world.rank - 1), "local_size": 1 if world.rank == 0 else 3}
     group = TensorParallelGroup(replace(world, **local), 2)
     assert float(group.all_reduce(torch.ones(1))) == 2.0
-    return group.shares_memory
+    return group.neighbours is not None
 
 
 def test_hosts_may_have_other_numbers_of_ranks(four_ranks: WorkerGroup) -> None:

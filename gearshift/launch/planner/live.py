@@ -33,9 +33,12 @@ class LiveBytes(TorchDispatchMode):
         self._depth = 0
 
     def ignore(self, *tensors: Tensor) -> None:
-        """These never count (what was there before)."""
+        """These do not count, now or later."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            known = self._known.get(storage._cdata)
+            if known is not None and known[0]() is storage and known[1] != _IGNORED:
+                self.bytes -= known[1]
             self._known[storage._cdata] = (weakref.ref(storage), _IGNORED)
 
     def reset_peak(self) -> None:

@@ -25,7 +25,7 @@ from gearshift.launch.planner.tracing import META, trace
 class PaperGroup:
     """Stands for the ranks of a tensor-parallel group: shapes go through, nothing else."""
 
-    shares_memory, group, rank = False, None, 0
+    neighbours, group, rank = None, None, 0
 
     def __init__(self, size: int):
         self.size = size

@@ -69,6 +69,17 @@ def test_without_weights_the_peak_is_what_it_is_with_them() -> None:
         assert timeline(rows).activations == real_peak(rows)
 
 
+def test_what_is_ignored_does_not_count_from_then_on() -> None:
+    with LiveBytes() as live:
+        before, other = torch.zeros(100), torch.zeros(10)
+        live.ignore(before)
+        live.ignore(before)
+        live.reset_peak()
+        assert live.bytes == live.peak == other.nbytes
+        del before
+        assert live.bytes == other.nbytes
+
+
 def test_many_rows_follow_from_two_and_three() -> None:
     found = extended(timeline(2), timeline(3), 50)
     assert found is not None
