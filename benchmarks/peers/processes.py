@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gearshift.launch.environment import search_path
 from gearshift.launch.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ class Way:
     def _launched(self, python: str, rank: int, size: int) -> dict[str, str]:
         # DeepSpeed compiles its collectives by the environment's own ninja.
         return {
-            "PATH": os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)]),
+            "PATH": search_path(python),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),

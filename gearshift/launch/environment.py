@@ -55,14 +55,18 @@ def _first_node(nodes: str) -> str:
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
+def search_path(python: str = sys.executable) -> str:
+    """PATH with the programs of the environment of this `python` in front, also when it is not activated."""
+    own, path = str(Path(python).parent), os.environ.get("PATH", os.defpath)
+    return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
+
+
 def prepare_environment() -> None:
     """Variables that must stand before torch is imported; those that are set already are left alone."""
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("LOCAL_SIZE", str(local_size))
-    # DeepSpeed's extensions are built by the environment's ninja, also when the environment is not activated.
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if path.split(os.pathsep)[0] != own:
-        os.environ["PATH"] = os.pathsep.join([own, path])
+    # DeepSpeed's extensions are built by the environment's ninja.
+    os.environ["PATH"] = search_path()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns and stops by itself after a fork

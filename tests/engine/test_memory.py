@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gearshift.engine.memory import Scratch, keep_freed_memory
+from gearshift.engine import CausalModel, World
+from gearshift.engine.memory import Scratch, keep_freed_memory, spare_what_is_imported
+from tests.models import save_tiny
+from tests.worker_group import WorkerGroup
 
 GIB, MIB_32 = 1 << 30, 1 << 25
 TRIM, MMAP = -1, -3
@@ -90,3 +95,16 @@ def test_on_a_device_of_its_own_a_storage_is_empty_meanwhile(monkeypatch: pytest
     assert tensor.untyped_storage().nbytes() == 0
     assert memory.take()
     assert tensor.fill_(3.0).sum() == 3000
+
+
+def spared(world: World, folder: str) -> tuple[bool, bool]:
+    """Whether what is imported is spared from the first model on, and whether the model itself is looked at."""
+    gc.unfreeze()
+    spare_what_is_imported.cache_clear()
+    model = CausalModel.load(folder, world, dtype=torch.float32, micro_batch_size=1)
+    return gc.get_freeze_count() > 100_000, any(found is model.module for found in gc.get_objects())
+
+
+def test_what_is_imported_is_spared_and_no_model_is(one_rank: WorkerGroup, tmp_path: Path) -> None:
+    """What is spared is never found to be garbage."""
+    assert one_rank.run(spared, str(save_tiny("llama", tmp_path))) == [(True, True)]

@@ -8,12 +8,12 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from gearshift.launch.doctor.findings import Finding, note, ok, wrong
+from gearshift.launch.environment import search_path
 from gearshift.launch.installed import file_digests, installed
 from gearshift.launch.installed import versions as installed_versions
 
@@ -80,7 +80,7 @@ def package_finding(requirement: object, version: str | None, extra: str | None)
 def compiler_findings(gpus: bool) -> Iterator[Finding]:
     """What DeepSpeed's extensions and Gearshift's own library are compiled with."""
     # As at the start of a run (`prepare_environment`).
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    path = search_path()
     for what, names, use in [
         (
             "C++ compiler",
