@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gearshift.engine import World
 from gearshift.engine import neighbours as near
-from gearshift.kernels import native
-from gearshift.kernels.native.tasks import NOT_YET, Tasks
+from gearshift.kernels import decode_step, native
+from gearshift.kernels.native.tasks import NOT_YET, TOO_LATE, Tasks
 from tests.worker_group import WorkerGroup
 
 pytestmark = pytest.mark.skipif(not near._can_share(), reason="memory is shared on Linux, by the compiled library")
@@ -185,7 +185,7 @@ def test_all_share_or_none(three_ranks: WorkerGroup) -> None:
 
 
 SUMS = [
-    lambda group, x: Tasks([*group._tasks(x, x, 0)] * 10)(),
+    lambda group, x: Tasks([*group._tasks(x, x, 0), decode_step.sum_of(x, x, x)] * 10)(),
     lambda group, x: group.sum(x),
     lambda group, x: group.meet(),
 ]
@@ -233,6 +233,25 @@ def by_threads(world: World, threads: int, function: Callable[..., Any], *given:
 def has_ended(process: int) -> bool:
     numbers = torch.tensor([process])
     return native.function("ended", "pi")(numbers.data_ptr(), 1) == 0
+
+
+def told_by_the_last(world: World) -> list[str]:
+    """The last one fails alone, and lives: the others, who would wait for half an hour, are told."""
+    told = []
+    for collective in SUMS:
+        group = shared(world)
+        if world.rank == world.size - 1:
+            time.sleep(0.3)
+            native.function("fail", "pi")(group._meeting, TOO_LATE)
+        with pytest.raises(ConnectionError) as caught:
+            collective(group, torch.ones(1))
+        told.append(str(caught.value))
+    return told
+
+
+def test_who_fails_tells_those_who_wait(three_ranks: WorkerGroup) -> None:
+    said = "this rank has waited for others, which live and do not come"
+    assert three_ranks.run(told_by_the_last, timeout=60) == [[said] * 3] * 3
 
 
 def without_the_last(world: World) -> list[str]:
